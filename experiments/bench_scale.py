@@ -1,0 +1,119 @@
+r"""How the perturbation, the traces and the coupling decide detection: AUROC over noise × retained share × coupling.
+
+    python -m experiments.bench_scale --workdir=runs/scale                        # digits alone
+    python -m experiments.bench_scale --data=DATA --workdir=runs/scale            # and public checkpoints
+
+Trains digits backdoors on the spot and reads the checkpoints under --data, if given. Writes results.json and scale.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from experiments import cases, common
+from madjax import Detector, Gaussian, report
+from madjax.data import count_examples, split_by_class
+from madjax.scorer import Traces
+
+flags.DEFINE_string("data", None, "Folder with checkpoints and data sets; digits alone where not given.")
+flags.DEFINE_string("workdir", "runs/scale", "Folder for results.")
+flags.DEFINE_integer("num_draws", 48, "Draws a setting.", lower_bound=2)
+flags.DEFINE_integer("num_examples", 300, "Trusted, benign and anomalous examples, so many of each.", lower_bound=20)
+flags.DEFINE_integer("seed", 0, "Seed of training, splits and draws.")
+common.define_list(
+    "attack", ["badnet", "blended", "sig"], ["badnet", "blended", "sig"], "Attacks of the digits models."
+)
+flags.DEFINE_list("retained", ["0.15", "0.3", "0.5", "0.8", "0.95"], "Shares of trusted outputs that survive a draw.")
+
+_NOISES = ("absolute", "relative")
+_SCORES: tuple[tuple[str, Traces], ...] = (
+    ("class_correlation", "raw"),
+    ("class_ccc", "raw"),
+    ("topk_ccc", "raw"),
+    ("class_ccc", "whitened"),
+    ("topk_ccc", "whitened"),
+)
+
+
+def main() -> None:
+    """Sweeps every model at every setting."""
+    values = flags.FLAGS
+    workdir, config = common.open_workdir(
+        values.workdir, ["data", "num_draws", "num_examples", "seed", "attack", "retained"]
+    )
+    models = {f"digits {name}": lambda name=name: cases.train_digits(name, values.seed) for name in values.attack}
+    if values.data:
+        folder = Path(values.data)
+        models |= {name: lambda name=name: cases.load(name, folder) for name in cases.CHECKPOINTS}
+    rows = [row for name, make in tqdm(models.items(), unit="model") for row in _rows(name, make())]
+    report.write_json(workdir / "results.json", {"config": config, "device": str(jax.devices()[0]), "rows": rows})
+    _plot(workdir / "scale.png", rows, list(models))
+    for row in rows:
+        print(" ".join(f"{value:.3f}" if isinstance(value, float) else f"{value!s:<18}" for value in row.values()))
+
+
+def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
+    values, rows = flags.FLAGS, []
+    trusted, test = split_by_class(np.random.default_rng(values.seed), case.labels, (0.4, 0.6))
+    size = values.num_examples
+    # a few more than wanted, since some are not counted
+    trusted, test = trusted[: 4 * size], test[: 4 * size]
+    assert case.attack is not None
+    counted = count_examples(case.predict, case.images, case.labels, trusted, test, case.attack, case.target)
+    benign, anomalous = counted.benign[:size], counted.anomalous[:size]
+    images = np.concatenate([case.images[benign], case.attack.trigger(case.images[anomalous])])
+    is_anomalous = np.arange(len(images)) >= len(benign)
+    for noise in _NOISES:
+        for retained in map(float, values.retained):
+            detector = Detector.fit(
+                jax.random.key(values.seed),
+                case.loss_fn,
+                case.params,
+                {"image": case.images[counted.trusted[:size]]},
+                perturbation=Gaussian(noise, retained=retained),
+                num_draws=values.num_draws,
+            )
+            losses, classes = detector.sweep({"image": images})
+            for coupling, traces in _SCORES:
+                scores = detector.with_coupling(coupling, traces).score_losses(losses, classes)
+                row = report.detection_row(scores, is_anomalous, counted.accuracy, counted.asr, detector.fpr)
+                names = {"model": model, "noise": noise, "traces": traces, "coupling": coupling, "retained": retained}
+                rows.append({**names, "scale": detector.scale, **{k: row[k] for k in ("auroc", "realized_fpr", "tpr")}})
+    return rows
+
+
+def _plot(path: Path, rows: list[dict[str, Any]], models: list[str]) -> None:
+    figure, grid = plt.subplots(
+        len(_NOISES), len(models), figsize=(2.6 * len(models), 5), sharex=True, sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes_of_noise, noise in zip(grid, _NOISES, strict=True):
+        for axes, model in zip(axes_of_noise, models, strict=True):
+            for coupling, traces in _SCORES:
+                points = [
+                    (row["retained"], row["auroc"])
+                    for row in rows
+                    if (row["model"], row["noise"], row["coupling"], row["traces"]) == (model, noise, coupling, traces)
+                ]
+                style = "-o" if traces == "whitened" else ":x"
+                axes.plot(*zip(*points, strict=True), style, markersize=4, label=f"{coupling}, {traces}")
+            axes.set_title(f"{model}, {noise}", fontsize=9)
+            axes.grid(alpha=0.3)
+        axes_of_noise[0].set_ylabel("AUROC")
+    for axes in grid[-1]:
+        axes.set_xlabel("trusted outputs kept by a draw")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(_SCORES), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,102 @@
+r"""Speed of the sweep: draws and example-losses a second for every layout of the draws on this device.
+
+    python -m experiments.bench_sweep
+
+Under two minutes on 2 CPU cores. The layouts take turns, so that a machine whose speed drifts slows all alike; the
+medians are of --repeats turns, compile time apart. Prints a table, and JSON as the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from experiments import common
+from madjax import from_nnx
+from madjax.models import BadNetsCNN, DigitsCNN, WideResNet
+from madjax.sampling import gaussian
+from madjax.sweep import loss_matrix
+
+_SHAPES = {"digits_cnn": (8, 8, 1), "badnets_cnn": (32, 32, 3), "wrn16_1": (32, 32, 3)}
+
+flags.DEFINE_enum("model", "digits_cnn", list(_SHAPES), "Network; its weights do not matter to the time.")
+flags.DEFINE_integer("num_examples", 1024, "Examples.", lower_bound=1)
+flags.DEFINE_integer("num_draws", 32, "Draws of one turn.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Turns of each layout.", lower_bound=1)
+flags.DEFINE_list("layouts", ["host", "scan8", "vmap2", "vmap4", "vmap8"], "Layouts beside auto.")
+
+
+def main() -> None:
+    """Times all layouts."""
+    values = flags.FLAGS
+    rngs, shape = nnx.Rngs(0), _SHAPES[values.model]
+    networks = {
+        "digits_cnn": lambda: DigitsCNN(rngs=rngs),
+        "badnets_cnn": lambda: BadNetsCNN(shape, rngs=rngs),
+        "wrn16_1": lambda: WideResNet(16, 1, rngs=rngs),
+    }
+    loss_fn, params = from_nnx(networks[values.model](), preprocess=lambda image: image.astype("float32") / 255)
+    rng = np.random.default_rng(0)
+    examples = {
+        "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
+        "label": rng.integers(0, 10, values.num_examples).astype(np.int32),
+    }
+    draws = gaussian(jax.random.key(0), params, 0.05, num_draws=values.num_draws, mask=loss_fn.is_trainable(params))
+
+    def sweep(layout: str) -> float:
+        start = time.perf_counter()
+        loss_matrix(loss_fn, draws, examples, layout=layout, batch_size=values.batch_size)
+        return time.perf_counter() - start
+
+    layouts = [*values.layouts, "auto"]
+    first = {layout: sweep(layout) for layout in layouts}
+    seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+    for _ in range(values.repeats):
+        for layout in layouts:
+            seconds[layout].append(sweep(layout))
+    medians = {layout: statistics.median(times) for layout, times in seconds.items()}
+    print(f"{'layout':<8} {'compile s':>9} {'draws/s':>9} {'losses/s':>10}")
+    results = {}
+    for layout, median in medians.items():
+        results[layout] = {
+            # of auto: also the timing of its candidates, all but compiled by then
+            "compile_seconds": first[layout] - median,
+            "draws_per_second": values.num_draws / median,
+            "losses_per_second": values.num_draws * values.num_examples / median,
+        }
+        compile_s, draws_s, losses_s = results[layout].values()
+        print(f"{layout:<8} {compile_s:>9.2f} {draws_s:>9.1f} {losses_s:>10.0f}")
+    best = min(medians[layout] for layout in values.layouts)
+    device = jax.devices()[0]
+    print(
+        json.dumps(
+            {
+                "device": f"{len(jax.devices())} x {device.device_kind}",
+                "model": values.model,
+                "num_draws": values.num_draws,
+                "num_examples": values.num_examples,
+                "layouts": results,
+                "auto_over_best": medians["auto"] / best,
+                "peak_memory_mib": _peak_memory(device) / 2**20,
+            }
+        )
+    )
+
+
+def _peak_memory(device: Any) -> float:
+    """Bytes: of the device where it tells, else of the process."""
+    stats = device.memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    common.run(main)

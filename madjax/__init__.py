@@ -1,0 +1,19 @@
+"""Mechanistic anomaly detection via functional attribution (arXiv 2604.18970), in JAX."""
+
+from madjax.detector import Detector
+from madjax.losses import ClassificationLoss, from_linen, from_nnx
+from madjax.sampling.perturbation import Gaussian, Langevin
+from madjax.scorer import Scorer, Scores
+from madjax.sweep import loss_matrix
+
+__all__ = [
+    "ClassificationLoss",
+    "Detector",
+    "Gaussian",
+    "Langevin",
+    "Scorer",
+    "Scores",
+    "from_linen",
+    "from_nnx",
+    "loss_matrix",
+]

@@ -1,0 +1,49 @@
+"""Folders of arrays and settings on disk; the only module that imports orbax."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+_SETTINGS, _ARRAYS = "settings.json", "arrays"
+
+
+def save(path: str | Path, settings: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Writes `settings` (JSON) and `arrays` (nested dict) to a new folder; the settings last, once all else is there.
+
+    Raises:
+      ValueError: where the folder exists already.
+    """
+    folder = Path(path).absolute()
+    if folder.exists():
+        raise ValueError(f"path: {folder} exists already")
+    folder.mkdir(parents=True)
+    arrays = jax.tree.map(np.asarray, _with_text_keys(arrays))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder / _ARRAYS, arrays)
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=1))
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `save` wrote, the arrays as NumPy's.
+
+    Raises:
+      ValueError: where the folder holds no such thing.
+    """
+    folder = Path(path).absolute()
+    if not (folder / _SETTINGS).is_file():
+        raise ValueError(f"path: {folder} holds no saved detector ({_SETTINGS} is missing)")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        structure = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
+        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        arrays = checkpointer.restore(folder / _ARRAYS, restore_args=restore)
+    return json.loads((folder / _SETTINGS).read_text()), arrays
+
+
+def _with_text_keys(tree: Any) -> Any:
+    return {str(k): _with_text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -1,0 +1,202 @@
+"""From loss traces to couplings: how well the trusted examples explain a test example. High = explained.
+
+A *pair* measure compares two traces, a *reduction* turns a test example's measures against all trusted examples into
+one number. Moments are population moments over draws, computed in float64. What the names mean:
+
+- `correlation`: Pearson's.
+- `ccc`: concordance, 2 cov / (σx² + σy² + (μx - μy)²) (Lin 1989): 1 only where traces are equal, so height counts
+  beside shape.
+- `covariance`: the Bayesian influence of one example on the other, in nats².
+- `mean_*`: over all trusted. `class_*`: over the trusted examples of each predicted class, then the maximum over
+  classes (the paper's CLC where the pair is a correlation); classes without a trusted example are skipped. `topk_*`:
+  over the `TOP_K` highest.
+
+A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from madjax.types import LossMatrix
+
+Pair = Literal["correlation", "ccc", "covariance"]
+Reduction = Literal["mean", "class", "topk"]
+
+TOP_K = 10
+# pair matrices are made for this many entries at a time
+_BLOCK_ENTRIES = 4_000_000
+
+
+class Coupling(NamedTuple):
+    """A pair measure and how it is reduced over the trusted examples."""
+
+    pair: Pair
+    reduction: Reduction
+
+
+COUPLINGS = {
+    "mean_correlation": Coupling("correlation", "mean"),
+    "class_correlation": Coupling("correlation", "class"),
+    "topk_correlation": Coupling("correlation", "topk"),
+    "mean_ccc": Coupling("ccc", "mean"),
+    "class_ccc": Coupling("ccc", "class"),
+    "topk_ccc": Coupling("ccc", "topk"),
+    "covariance": Coupling("covariance", "mean"),
+}
+
+
+def lookup(name: str) -> Coupling:
+    """The coupling of that name; a ValueError lists the known ones."""
+    if name not in COUPLINGS:
+        raise ValueError(f"coupling: wanted one of {', '.join(COUPLINGS)}, got {name!r}")
+    return COUPLINGS[name]
+
+
+def couplings(
+    name: str, trusted: LossMatrix, test: LossMatrix, trusted_classes: np.ndarray | None = None
+) -> np.ndarray:
+    """Float64 `[num_test]`: the coupling `name` of every test example with the trusted set.
+
+    Args:
+      trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
+      trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` alone.
+    """
+    coupling = lookup(name)
+    _check(trusted, test)
+    if coupling.reduction == "topk":
+        return _top_k(coupling.pair, trusted, test, leave_one_out=False)
+    members = _members(coupling, trusted.shape[1], trusted_classes)
+    return (_sums(coupling.pair, trusted, test, members) / members.sum(1, keepdims=True)).max(0)
+
+
+def leave_one_out(name: str, trusted: LossMatrix, trusted_classes: np.ndarray | None = None) -> np.ndarray:
+    """Float64 `[num_trusted]`: the coupling of every trusted example with the others."""
+    coupling = lookup(name)
+    _check(trusted, trusted)
+    if trusted.shape[1] < 2:
+        raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
+    if coupling.reduction == "topk":
+        return _top_k(coupling.pair, trusted, trusted, leave_one_out=True)
+    members = _members(coupling, trusted.shape[1], trusted_classes)
+    sums = _sums(coupling.pair, trusted, trusted, members) - members * _self_pair(coupling.pair, trusted)
+    counts = members.sum(1, keepdims=True) - members
+    # the class of an example that was its only one has nothing left to explain it with
+    return np.divide(sums, counts, out=np.full(sums.shape, -np.inf), where=counts > 0).max(0)
+
+
+def pairs(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> np.ndarray:
+    """The whole float64 matrix `[num_trusted, num_test]` of a pair measure."""
+    _check(trusted, test)
+    return np.concatenate([block for _, block in _pair_blocks(pair, trusted, test)], axis=1)
+
+
+def nearest(name: str, trusted: LossMatrix, test: LossMatrix, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` trusted examples that each test example couples with most.
+
+    Returns:
+      Indices and pair measures, `[num_test, count]` each, the highest first.
+    """
+    _check(trusted, test)
+    count = min(count, trusted.shape[1])
+    indices, values = [], []
+    for _, block in _pair_blocks(lookup(name).pair, trusted, test):
+        top = np.argsort(-block, axis=0, kind="stable")[:count]
+        indices.append(top.T)
+        values.append(np.take_along_axis(block, top, axis=0).T)
+    return np.concatenate(indices), np.concatenate(values)
+
+
+def _check(trusted: LossMatrix, test: LossMatrix) -> None:
+    if trusted.ndim != 2 or test.ndim != 2 or len(trusted) != len(test):
+        raise ValueError(
+            f"test: wanted the draws of the trusted matrix, [num_draws, num_examples], got {test.shape} beside trusted "
+            f"{trusted.shape}"
+        )
+    if 0 in trusted.shape:
+        raise ValueError(f"trusted: wanted at least one draw and one example, got {trusted.shape}")
+
+
+def _members(coupling: Coupling, num_trusted: int, classes: np.ndarray | None) -> np.ndarray:
+    """Float64 `[num_groups, num_trusted]` of zeros and ones: the groups that are averaged."""
+    if coupling.reduction == "mean":
+        return np.ones((1, num_trusted))
+    if classes is None or len(classes) != num_trusted:
+        got = "None" if classes is None else f"{len(classes)}"
+        raise ValueError(f"trusted_classes: wanted one class for each of {num_trusted} trusted examples, got {got}")
+    return (np.unique(classes)[:, None] == np.asarray(classes)).astype(float)
+
+
+class _Moments(NamedTuple):
+    mean: np.ndarray
+    centered: np.ndarray
+    variance: np.ndarray
+
+
+def _moments(traces: LossMatrix) -> _Moments:
+    traces = np.asarray(traces, np.float64)
+    # a constant trace gets a variance of exactly zero, whatever its mean rounds to
+    mean = np.where((traces == traces[:1]).all(0), traces[0], traces.mean(0))
+    centered = traces - mean
+    return _Moments(mean, centered, np.square(centered).mean(0))
+
+
+def _scaled(pair: Pair, moments: _Moments) -> np.ndarray:
+    """Traces whose inner product over draws is the pair measure: the forms that cost draws × examples alone."""
+    scale = np.sqrt(len(moments.centered))
+    if pair == "covariance":
+        return moments.centered / scale
+    deviation = np.sqrt(moments.variance) * scale
+    return np.divide(moments.centered, deviation, out=np.zeros_like(moments.centered), where=deviation > 0)
+
+
+def _self_pair(pair: Pair, traces: LossMatrix) -> np.ndarray:
+    variance = _moments(traces).variance
+    return variance if pair == "covariance" else (variance > 0).astype(float)
+
+
+def _sums(pair: Pair, trusted: LossMatrix, test: LossMatrix, members: np.ndarray) -> np.ndarray:
+    """Float64 `[num_groups, num_test]`: the pair measure summed over each group of trusted examples."""
+    if pair == "ccc":
+        return np.concatenate([members @ block for _, block in _pair_blocks(pair, trusted, test)], axis=1)
+    # a sum of inner products is the inner product with the sum
+    return (members @ _scaled(pair, _moments(trusted)).T) @ _scaled(pair, _moments(test))
+
+
+def _top_k(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
+    count = min(TOP_K, trusted.shape[1] - leave_one_out)
+    result = []
+    for start, block in _pair_blocks(pair, trusted, test):
+        if leave_one_out:
+            columns = np.arange(block.shape[1])
+            block[start + columns, columns] = -np.inf
+        result.append(np.partition(block, -count, axis=0)[-count:].mean(0))
+    return np.concatenate(result)
+
+
+def _pair_blocks(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first test index, float64 `[num_trusted, block]`)."""
+    measure = _ccc_with(trusted) if pair == "ccc" else _inner_with(pair, trusted)
+    size = max(1, _BLOCK_ENTRIES // trusted.shape[1])
+    for start in range(0, test.shape[1], size):
+        yield start, measure(_moments(test[:, start : start + size]))
+
+
+def _inner_with(pair: Pair, trusted: LossMatrix) -> Callable[[_Moments], np.ndarray]:
+    references = _scaled(pair, _moments(trusted)).T
+    return lambda moments: references @ _scaled(pair, moments)
+
+
+def _ccc_with(trusted: LossMatrix) -> Callable[[_Moments], np.ndarray]:
+    x = _moments(trusted)
+
+    def measure(y: _Moments) -> np.ndarray:
+        covariance = x.centered.T @ y.centered / len(x.centered)
+        spread = x.variance[:, None] + y.variance + np.square(x.mean[:, None] - y.mean)
+        # both constant and equal: no variance to share
+        return np.divide(2 * covariance, spread, out=np.zeros_like(spread), where=spread > 0)
+
+    return measure

@@ -1,0 +1,295 @@
+"""The detector: from a model and trusted examples to scores of new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madjax import calibration, checkpoint
+from madjax.coupling import lookup
+from madjax.sampling.diagnostics import ensure_finite
+from madjax.sampling.draws import Draws, RecordedDraws, StoredDraws
+from madjax.sampling.gaussian import GaussianDraws
+from madjax.sampling.perturbation import Gaussian, Perturbation, check_labels
+from madjax.sampling.restrict import path_names
+from madjax.scorer import Scorer, Scores, Traces
+from madjax.sweep import loss_matrix
+from madjax.traces import TraceMap
+from madjax.types import Batch, LossFn, Params, num_examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """A model, draws around it, and the losses of its trusted examples at them.
+
+    >>> detector = Detector.fit(jax.random.key(0), loss_fn, params, trusted)  # doctest: +SKIP
+    >>> detector.score({"image": images}).flagged  # doctest: +SKIP
+
+    Attributes:
+      loss_fn, params: the model.
+      draws: regenerated from a key (Gaussian) or stored (chains).
+      scorer: the trusted losses, and how others are held against them.
+      fpr: the false-positive rate that `flagged` is calibrated for.
+      per_class: whether each predicted class is calibrated by itself.
+      scale: the scale of Gaussian draws, None for chains.
+      sample_forwards: forward passes of one example that the fit took; a gradient counts as three.
+      layout, batch_size: of the sweep.
+      example_shapes: shape of one trusted example by path, without the label.
+    """
+
+    loss_fn: LossFn
+    params: Params
+    draws: Draws
+    scorer: Scorer
+    fpr: float
+    per_class: bool
+    scale: float | None
+    sample_forwards: int
+    layout: str
+    batch_size: int
+    example_shapes: dict[str, list[int]]
+
+    @classmethod
+    def fit(
+        cls,
+        rng_key: jax.Array,
+        loss_fn: LossFn,
+        params: Params,
+        trusted: Batch,
+        *,
+        sampling: Batch | None = None,
+        perturbation: Perturbation = Gaussian(),  # noqa: B008 - frozen
+        num_draws: int = 128,
+        coupling: str = "topk_ccc",
+        traces: Traces = "whitened",
+        fpr: float = 0.05,
+        per_class: bool = False,
+        layout: str = "auto",
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Detector:
+        """Draws parameters, sweeps the trusted examples and calibrates on them.
+
+        Args:
+          loss_fn, params: from `from_nnx` or `from_linen`; or any `(params, batch) -> float32 [n]`, and then the
+            examples must carry the output to explain, with `label` as the class where a coupling is over classes.
+          trusted: pytree of arrays with a leading axis `[num_trusted]`, usually `{"image": ...}`; a few hundred
+            examples that the usual mechanism is known to explain. A `label` in it is replaced by the model's own
+            prediction where `loss_fn` can predict.
+          sampling: examples with *true* labels for chains to train on; not needed for Gaussian draws.
+          num_draws: draws in all.
+          coupling: a name in `madjax.coupling.COUPLINGS`.
+
+        Raises:
+          ValueError: arguments that cannot work, named with what came and what was wanted.
+          FloatingPointError: parameters, inputs or losses that are not finite.
+        """
+        lookup(coupling)
+        calibration.check_fpr(fpr)
+        if num_draws < 2:
+            raise ValueError(f"num_draws: wanted at least 2, got {num_draws}")
+        if num_examples(trusted, "trusted") < 2:
+            raise ValueError(f"trusted: wanted a few hundred examples, got {num_examples(trusted)}")
+        check_parameters(params)
+        trusted = explain(loss_fn, params, trusted, "trusted")
+        if sampling is not None:
+            check_examples(sampling, "sampling")
+            if hasattr(loss_fn, "num_classes"):
+                check_labels(np.asarray(sampling["label"]), loss_fn.num_classes(params, sampling), "sampling")  # pyright: ignore
+        perturbed = perturbation.perturb(rng_key, loss_fn, params, trusted, sampling, num_draws)
+        draws = perturbed.draws
+        # a chain is walked once and kept; Gaussian draws come back from their key
+        recorded = draws if isinstance(draws, GaussianDraws) else RecordedDraws(draws)
+        losses = loss_matrix(loss_fn, recorded, trusted, layout=layout, batch_size=batch_size, progress=progress)
+        return cls(
+            loss_fn,
+            params,
+            recorded.stored() if isinstance(recorded, RecordedDraws) else recorded,
+            Scorer.fit(losses, _classes(trusted), coupling=coupling, traces=traces),
+            fpr,
+            per_class,
+            perturbed.scale,
+            perturbed.forwards + losses.size,
+            layout,
+            batch_size,
+            _example_shapes(trusted),
+        )
+
+    def score(self, examples: Batch, *, progress: bool = False) -> Scores:
+        """Scores new examples, of the shapes of the trusted ones; the fit is not run again.
+
+        Warns of test examples predicted as a class that no trusted example has: nothing trusted shares their output.
+        """
+        return self.score_losses(*self.sweep(examples, progress=progress))
+
+    def sweep(self, examples: Batch, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """The losses `[num_draws, num_test]` of new examples at the detector's draws, and their predicted classes."""
+        check_shapes(examples, self.example_shapes)
+        examples = explain(self.loss_fn, self.params, examples, "examples")
+        losses = loss_matrix(
+            self.loss_fn, self.draws, examples, layout=self.layout, batch_size=self.batch_size, progress=progress
+        )
+        return losses, _classes(examples)
+
+    def score_losses(self, losses: np.ndarray, classes: np.ndarray | None) -> Scores:
+        """Scores from what `sweep` returned."""
+        trusted_classes = self.scorer.trusted_classes
+        if classes is not None and trusted_classes is not None:
+            unseen = np.setdiff1d(classes, trusted_classes)
+            if len(unseen):
+                count = int(np.isin(classes, unseen).sum())
+                warnings.warn(
+                    f"trusted: no example is predicted as class {', '.join(map(str, unseen))}, as {count} test "
+                    "examples are; they are held against the other classes",
+                    stacklevel=3,
+                )
+        return self.scorer.score(losses, classes, fpr=self.fpr, per_class=self.per_class)
+
+    def threshold(self) -> float:
+        """The coupling under which an example is flagged, where classes are not calibrated each by itself."""
+        return calibration.threshold(self.scorer.trusted_couplings, self.fpr)
+
+    def with_coupling(self, coupling: str, traces: Traces) -> Detector:
+        """The same draws and losses under another coupling."""
+        scorer = Scorer.fit(self.scorer.trusted, self.scorer.trusted_classes, coupling=coupling, traces=traces)
+        return dataclasses.replace(self, scorer=scorer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the detector to the folder `path`, without the model: `load` is given it again.
+
+        Raises:
+          ValueError: where `path` exists already.
+        """
+        scorer = self.scorer
+        settings = {
+            "model": fingerprint(self.params),
+            "fpr": self.fpr,
+            "per_class": self.per_class,
+            "scale": self.scale,
+            "sample_forwards": self.sample_forwards,
+            "layout": self.layout,
+            "batch_size": self.batch_size,
+            "example_shapes": self.example_shapes,
+            "coupling": scorer.coupling,
+            "traces": scorer.traces,
+        }
+        arrays: dict[str, Any] = {
+            "trusted": scorer.trusted,
+            "trusted_couplings": scorer.trusted_couplings,
+        }
+        if scorer.trusted_classes is not None:
+            arrays["trusted_classes"] = scorer.trusted_classes
+        if scorer.trace_map is not None:
+            arrays["trace_map"] = dict(scorer.trace_map._asdict())
+        if isinstance(self.draws, GaussianDraws):
+            settings["drawn"] = list(self.draws.drawn)
+            arrays["gaussian"] = {
+                "rng_key": jax.random.key_data(self.draws.rng_key),
+                "scales": self.draws.scales,
+                "unit": dict(enumerate(self.draws.unit)),
+            }
+        elif isinstance(self.draws, StoredDraws):
+            arrays["stored"] = dict(enumerate(jax.tree.leaves(self.draws.stacked)))
+        checkpoint.save(path, settings, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, loss_fn: LossFn, params: Params) -> Detector:
+        """Reads a saved detector, for the model it was fitted on.
+
+        Raises:
+          ValueError: where `path` holds no detector, or one of another model.
+        """
+        settings, arrays = checkpoint.load(path)
+        if settings["model"] != fingerprint(params):
+            raise ValueError(f"params: {path} was fitted on a model with other parameters")
+        if "gaussian" in arrays:
+            saved = arrays["gaussian"]
+            draws = GaussianDraws(
+                jax.random.wrap_key_data(jnp.asarray(saved["rng_key"])),
+                params,
+                _in_order(saved["unit"]),
+                jnp.asarray(saved["scales"]),
+                tuple(settings["drawn"]),
+            )
+        else:
+            draws = StoredDraws(jax.tree.unflatten(jax.tree.structure(params), _in_order(arrays["stored"])))
+        trace_map = arrays.get("trace_map")
+        scorer = Scorer(
+            settings["coupling"],
+            settings["traces"],
+            arrays["trusted"],
+            arrays.get("trusted_classes"),
+            arrays["trusted_couplings"],
+            None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"]),
+        )
+        names = ("fpr", "per_class", "scale", "sample_forwards", "layout", "batch_size", "example_shapes")
+        return cls(loss_fn, params, draws, scorer, *(settings[name] for name in names))
+
+
+def explain(loss_fn: LossFn, params: Params, examples: Batch, name: str) -> Batch:
+    """The examples, checked, with the model's own output as their label where the loss can tell it."""
+    check_examples(examples, name)
+    label = getattr(loss_fn, "label", None)
+    return examples if label is None else label(params, examples)
+
+
+def check_examples(examples: Batch, name: str) -> None:
+    """Raises unless there are examples, of one length, with finite numbers."""
+    if num_examples(examples, name) < 1:
+        raise ValueError(f"{name}: wanted at least one example, got none")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(examples):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            ensure_finite(np.asarray(leaf), f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}")
+
+
+def check_shapes(examples: Batch, wanted: dict[str, list[int]]) -> None:
+    """Raises ValueError unless examples have the arrays and shapes of the trusted ones, but for their number."""
+    shapes = _example_shapes(examples)
+    if shapes.keys() != wanted.keys():
+        raise ValueError(f"examples: wanted the arrays {', '.join(wanted)} as in trusted, got {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        if shape != wanted[name]:
+            inner = ", ".join(map(str, wanted[name]))
+            count = num_examples(examples)
+            raise ValueError(f"examples/{name}: wanted shape [n, {inner}] as in trusted, got {[count, *shape]}")
+
+
+def _example_shapes(examples: Batch) -> dict[str, list[int]]:
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape[1:])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(examples)
+    }
+    shapes.pop("label", None)  # made by the model, so test examples need none
+    return shapes
+
+
+def check_parameters(params: Params) -> None:
+    """Raises FloatingPointError that names the first parameter which is not finite."""
+    for name, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            ensure_finite(np.asarray(leaf), f"params: {name}")
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of the parameters' names and bytes."""
+    digest = hashlib.sha256()
+    for name, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _classes(examples: Batch) -> np.ndarray | None:
+    has_label = isinstance(examples, dict) and "label" in examples
+    return np.asarray(examples["label"]) if has_label else None
+
+
+def _in_order(leaves: dict[str, Any]) -> tuple[jax.Array, ...]:
+    return tuple(jnp.asarray(leaves[str(index)]) for index in range(len(leaves)))

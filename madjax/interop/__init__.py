@@ -1,0 +1,1 @@
+"""Other people's files: readers that run nothing of what they read."""

@@ -1,0 +1,175 @@
+"""From a Flax model to a `LossFn`: how surprised perturbed parameters are by what the trained model says.
+
+`from_nnx` and `from_linen` return `(loss_fn, params)`. The loss is the cross-entropy against `batch["label"]`;
+`loss_fn.label(params, batch)` puts the model's own argmax there, since what is explained is the output, right or wrong.
+Batch statistics are part of `params`, frozen unless a sampler asks for `loss_fn.drift`.
+Nothing else in the package needs these classes: any function `(params, batch) -> float32 [n]` is a `LossFn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from madjax.types import Batch, Params
+
+
+class Network(Protocol):
+    """A classifier without its parameters; hashable, and equal for models of one architecture."""
+
+    def apply(self, params: Params, image: jax.Array) -> jax.Array:
+        """Logits `[n, num_classes]` with batch statistics frozen."""
+        ...
+
+    def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
+        """Logits under the batch's own statistics, and parameters with the running statistics one step on."""
+        ...
+
+    def is_trainable(self, params: Params) -> Any:
+        """Pytree of bool like `params`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationLoss:
+    """Cross-entropy of a classifier's logits, an example at a time.
+
+    Two losses of models of one architecture compare equal, so a compiled sweep serves both.
+
+    Attributes:
+      module: the network without its parameters: `apply`, `apply_train` and `is_trainable`, see `Network`.
+    """
+
+    module: Network
+
+    def is_trainable(self, params: Params) -> Any:
+        """Pytree of bool like `params`: the leaves an optimizer would train."""
+        return self.module.is_trainable(params)
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Float32 `[n]`: cross-entropy in nats against `batch["label"]`."""
+        return _cross_entropy(self.module.apply(params, batch["image"]), batch["label"])
+
+    def drift(self, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        """The loss under the batch's own statistics, and the parameters with their running statistics moved on."""
+        logits, params = self.module.apply_train(params, batch["image"])
+        return _cross_entropy(logits, batch["label"]), params
+
+    def num_classes(self, params: Params, batch: Batch) -> int:
+        """The number of logits."""
+        return jax.eval_shape(self.module.apply, params, jax.tree.map(lambda x: x[:1], batch["image"])).shape[-1]
+
+    def label(self, params: Params, batch: Batch, *, batch_size: int = 512) -> Batch:
+        """The batch with `label` replaced by the model's own prediction, `batch_size` images at a time."""
+        images = batch["image"]
+        labels = [
+            _argmax(self.module, params, images[start : start + batch_size])
+            for start in range(0, images.shape[0], batch_size)
+        ]
+        return {**batch, "label": jnp.concatenate(labels)}
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    # bfloat16 logits would round small losses to a handful of values
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+
+
+@partial(jax.jit, static_argnums=0)
+def _argmax(module: Network, params: Params, image: jax.Array) -> jax.Array:
+    return jnp.argmax(module.apply(params, image), axis=-1).astype(jnp.int32)
+
+
+def from_nnx(
+    model: nnx.Module, *, preprocess: Callable[[jax.Array], jax.Array] | None = None
+) -> tuple[ClassificationLoss, Params]:
+    """The loss and the parameters of an NNX classifier `model(image) -> logits`. The model itself is left as it was.
+
+    Args:
+      preprocess: applied to `batch["image"]` inside the compiled program, for instance a normalization of uint8 images.
+    """
+    graphdef, rng_state, params = nnx.split(model, nnx.RngState, ...)
+    module = _NNXModule(graphdef, rng_state, preprocess)
+    return ClassificationLoss(module), params
+
+
+def from_linen(
+    module: flax.linen.Module,
+    variables: Mapping[str, Any],
+    *,
+    eval_kwargs: Mapping[str, Any] | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+    preprocess: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[ClassificationLoss, Params]:
+    """The loss and the parameters of a Linen classifier.
+
+    Args:
+      variables: what `module.init` returned, trained: `{"params": ..., "batch_stats": ...}`.
+      eval_kwargs: what `module.apply` needs for frozen statistics, for instance `{"train": False}`.
+      train_kwargs: what it needs for the batch's own statistics; only drifting statistics use it.
+      preprocess: as for `from_nnx`.
+    """
+    linen = _LinenModule(module, tuple((eval_kwargs or {}).items()), tuple((train_kwargs or {}).items()), preprocess)
+    return ClassificationLoss(linen), dict(variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NNXModule:
+    graphdef: nnx.GraphDef
+    rng_state: nnx.State = dataclasses.field(compare=False)
+    preprocess: Callable[[jax.Array], jax.Array] | None
+
+    def _merge(self, params: Params, use_running_average: bool) -> Any:
+        model = nnx.merge(self.graphdef, self.rng_state, params)
+        model.eval()  # dropout stays off in both modes: only the statistics may drift
+        # a model without batch statistics has no such attribute to set
+        model.set_attributes(use_running_average=use_running_average, raise_if_not_found=False)
+        return model
+
+    def _logits(self, model: Any, image: jax.Array) -> jax.Array:
+        return model(image if self.preprocess is None else self.preprocess(image))
+
+    def apply(self, params: Params, image: jax.Array) -> jax.Array:
+        return self._logits(self._merge(params, use_running_average=True), image)
+
+    def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
+        model = self._merge(params, use_running_average=False)
+        logits = self._logits(model, image)
+        _, _, params = nnx.split(model, nnx.RngState, ...)
+        return logits, params
+
+    def is_trainable(self, params: Params) -> Any:
+        return nnx.map_state(lambda _, variable: variable.replace(isinstance(variable, nnx.Param)), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinenModule:
+    module: flax.linen.Module
+    eval_kwargs: tuple[tuple[str, Any], ...]
+    train_kwargs: tuple[tuple[str, Any], ...]
+    preprocess: Callable[[jax.Array], jax.Array] | None
+
+    def _input(self, image: jax.Array) -> jax.Array:
+        return image if self.preprocess is None else self.preprocess(image)
+
+    def apply(self, params: Params, image: jax.Array) -> jax.Array:
+        return self.module.apply(params, self._input(image), **dict(self.eval_kwargs))  # pyright: ignore[reportReturnType]
+
+    def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
+        logits, updated = self.module.apply(
+            params, self._input(image), **dict(self.train_kwargs), mutable=["batch_stats"]
+        )
+        return logits, {**params, **updated}
+
+    def is_trainable(self, params: Params) -> Any:
+        return {
+            collection: jax.tree.map(lambda _, trainable=collection == "params": trainable, tree)
+            for collection, tree in params.items()
+        }

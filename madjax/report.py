@@ -1,0 +1,190 @@
+"""What a run leaves behind: the table, `results.json`, `scores.csv` and pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from madjax.coupling import lookup, pairs
+from madjax.metrics import (
+    REPORTED_FPRS,
+    auroc,
+    auroc_same_prediction,
+    average_precision,
+    detection_effectiveness_rate,
+    recall_at_fpr,
+)
+from madjax.scorer import Scorer, Scores
+
+_BENIGN, _ANOMALOUS = "#4477aa", "#cc3311"
+
+
+def detection_row(scores: Scores, is_anomalous: np.ndarray, accuracy: float, asr: float, fpr: float) -> dict[str, Any]:
+    """The figures of one detector on one test set, in the schema of `results.json`; NaN where there is no anomaly."""
+    benign, anomalous = scores.anomaly_score[~is_anomalous], scores.anomaly_score[is_anomalous]
+    realized = float(scores.flagged[~is_anomalous].mean())
+    tpr = float(scores.flagged[is_anomalous].mean()) if is_anomalous.any() else math.nan
+    classes = scores.prediction
+    same = math.nan
+    if classes is not None:
+        same = auroc_same_prediction(benign, anomalous, classes[~is_anomalous], classes[is_anomalous])
+    return {
+        "acc": accuracy,
+        "asr": asr,
+        "auroc": auroc(benign, anomalous),
+        "auroc_same_prediction": same,
+        "ap": average_precision(benign, anomalous),
+        "recall_at_fpr": {str(rate): recall_at_fpr(benign, anomalous, rate) for rate in REPORTED_FPRS},
+        "threshold_fpr": fpr,
+        "realized_fpr": realized,
+        "tpr": tpr,
+        "der": detection_effectiveness_rate(accuracy, asr, realized, tpr),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a second file, so that a reader never sees half; NaN becomes null."""
+    text = json.dumps(_without_nan(value), indent=1)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_scores(
+    path: Path, ids: Sequence[str], scores: Scores, is_anomalous: np.ndarray, trusted_ids: Sequence[str]
+) -> None:
+    """Writes one row an example: id, prediction, anomaly_score, p_value, flagged, is_anomalous, nearest trusted ids."""
+    columns = [f"nearest_{rank + 1}" for rank in range(scores.nearest.shape[1])]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "prediction", "anomaly_score", "p_value", "flagged", "is_anomalous", *columns])
+        for index, name in enumerate(ids):
+            writer.writerow(
+                [
+                    name,
+                    "" if scores.prediction is None else int(scores.prediction[index]),
+                    f"{scores.anomaly_score[index]:.6f}",
+                    f"{scores.p_value[index]:.6f}",
+                    int(scores.flagged[index]),
+                    int(is_anomalous[index]),
+                    *(trusted_ids[i] for i in scores.nearest[index]),
+                ]
+            )
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows of `results.json` as text, one line each."""
+    head = f"{'attack':<9} {'coupling':<18} {'seed':>4} {'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} {'AP':>6} "
+    head += f"{'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        recall = row["recall_at_fpr"]
+        seed = row["seed"] if isinstance(row["seed"], str) else f"{row['seed']}"
+        figures = [row["acc"], row["asr"], row["auroc"], row["auroc_same_prediction"], row["ap"]]
+        figures += [recall["0.01"], recall["0.05"], row["realized_fpr"], row["tpr"], row["der"]]
+        widths = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
+        cells = " ".join(_cell(figure, width) for figure, width in zip(figures, widths, strict=True))
+        name = f"{row['attack']:<9} {row['coupling']:<18} {seed:>4}"
+        lines.append(f"{name} {cells} {row['num_draws']:>5} {row['sweep_seconds']:>7.1f}")
+    return "\n".join(lines)
+
+
+def _cell(figure: float, width: int) -> str:
+    if figure is None or math.isnan(figure):
+        return " " * (width - 1) + "-"
+    return f"{figure:>{width}.3f}"
+
+
+def average_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of every figure over rows with anomalies, as a row named "average"."""
+    rows = [row for row in rows if not math.isnan(row["asr"])]
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if isinstance(rows[0][key], float)}
+    recall = {rate: float(np.mean([row["recall_at_fpr"][rate] for row in rows])) for rate in rows[0]["recall_at_fpr"]}
+    return {**rows[0], **mean, "attack": "average", "seed": "all", "recall_at_fpr": recall}
+
+
+def plot_histogram(path: Path, scores: Scores, is_anomalous: np.ndarray, threshold: float, title: str) -> None:
+    """Anomaly scores of benign and anomalous examples, with the calibrated threshold."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    bins = np.linspace(scores.anomaly_score.min(), scores.anomaly_score.max(), 50)
+    for mask, name, colour in ((~is_anomalous, "benign", _BENIGN), (is_anomalous, "anomalous", _ANOMALOUS)):
+        if mask.any():
+            label = f"{name} ({mask.sum()})"
+            axes.hist(scores.anomaly_score[mask], bins=list(bins), alpha=0.65, color=colour, label=label)
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="calibrated threshold")
+    axes.set(xlabel="anomaly score (high = not explained)", ylabel="examples", title=title)
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_roc(path: Path, named_scores: dict[str, Scores], is_anomalous: np.ndarray, title: str) -> None:
+    """ROC curves with the false-positive rate on a logarithmic axis, where a detector is judged."""
+    figure, axes = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
+    for name, scores in named_scores.items():
+        fpr, tpr, _ = roc_curve(is_anomalous, scores.anomaly_score)
+        value = auroc(scores.anomaly_score[~is_anomalous], scores.anomaly_score[is_anomalous])
+        axes.step(np.maximum(fpr, 1e-3), tpr, where="post", label=f"{name}, AUROC {value:.3f}")
+    axes.plot(np.logspace(-3, 0), np.logspace(-3, 0), color="grey", linestyle=":", label="chance")
+    axes.set(xscale="log", xlabel="false-positive rate", ylabel="true-positive rate", title=title, ylim=(0, 1.02))
+    axes.legend(loc="lower right", fontsize=8)
+    _save(figure, path)
+
+
+def plot_couplings(
+    path: Path, scorer: Scorer, losses: np.ndarray, scores: Scores, is_anomalous: np.ndarray, title: str
+) -> None:
+    """Heat map of the trusted × test pair measures: trusted by class, test by benign or anomalous and class."""
+    classes, trusted_classes = scores.prediction, scorer.trusted_classes
+    assert classes is not None
+    assert trusted_classes is not None
+    rows, columns = np.argsort(trusted_classes, kind="stable"), np.lexsort((classes, is_anomalous))
+    matrix = pairs(lookup(scorer.coupling).pair, scorer.map(scorer.trusted), scorer.map(losses))[rows][:, columns]
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    limit = float(np.quantile(np.abs(matrix), 0.99))
+    image = axes.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    if is_anomalous.any():
+        axes.axvline((~is_anomalous).sum() - 0.5, color="black", linewidth=1.5)
+    axes.set(
+        xlabel="test examples: benign | anomalous, each by predicted class",
+        ylabel="trusted examples by predicted class",
+        title=title,
+    )
+    figure.colorbar(image, label=lookup(scorer.coupling).pair)
+    _save(figure, path)
+
+
+def plot_flagged(path: Path, images: np.ndarray, scores: Scores, is_anomalous: np.ndarray, title: str) -> None:
+    """The 32 most anomalous examples, framed by what they are: red anomalous, blue benign."""
+    order = np.argsort(-scores.anomaly_score)[:32]
+    figure, axes = plt.subplots(4, 8, figsize=(8, 4.9), layout="constrained")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, index in zip(axes.flat, order, strict=False):
+        axis.imshow(images[index].squeeze(), cmap="gray", vmin=0, vmax=255)
+        answer = "" if scores.prediction is None else f"→{scores.prediction[index]} "
+        axis.set_title(f"{answer}p={scores.p_value[index]:.3f}", fontsize=7)
+        for spine in axis.spines.values():
+            spine.set(color=_ANOMALOUS if is_anomalous[index] else _BENIGN, linewidth=2.5)
+    figure.suptitle(f"{title}: most anomalous first (red: anomalous, blue: benign)", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

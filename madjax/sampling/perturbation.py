@@ -1,0 +1,150 @@
+"""The two ways to perturb a model, as settings: independent Gaussian draws, and Langevin chains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from madjax.sampling.chains import ChainDraws
+from madjax.sampling.draws import Draws
+from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
+from madjax.sampling.restrict import drawn_parameters
+from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, pilot_forwards, pilot_share
+from madjax.sampling.sgld import rmsprop_sgld, sgld
+from madjax.sampling.target import Target
+from madjax.types import Batch, LossFn, Params, num_examples
+
+
+class Perturbed(NamedTuple):
+    """Draws ready for a sweep.
+
+    Attributes:
+      draws: the draws.
+      forwards: forward passes of one example spent before the sweep, or by the chains' own steps.
+      scale: the scale of Gaussian draws, else None.
+    """
+
+    draws: Draws
+    forwards: int
+    scale: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Independent draws; see `madjax.sampling.gaussian`.
+
+    Attributes:
+      noise: "absolute", "relative" or "curvature".
+      scale: None chooses it on the trusted examples, so that a share `retained` of their outputs survives.
+      parameters: regular expression of the paths to draw; None for all trainable ones.
+    """
+
+    noise: Noise = "absolute"
+    scale: float | None = None
+    retained: float = RETAINED
+    parameters: str | None = None
+
+    def perturb(
+        self,
+        rng_key: jax.Array,
+        loss_fn: LossFn,
+        params: Params,
+        trusted: Batch,
+        sampling: Batch | None,
+        num_draws: int,
+    ) -> Perturbed:
+        """`num_draws` draws around `params`. `sampling` is not used."""
+        del sampling
+        mask = _mask(loss_fn, params, self.parameters)
+        curvature, forwards = None, 0
+        if self.noise == "curvature":
+            count = num_examples(trusted, "trusted")
+            curvature = diagonal_curvature(loss_fn, params, trusted, batch_size=min(8, count))
+            forwards = 3 * count  # a gradient counts as three
+        draws = gaussian(rng_key, params, 1.0, num_draws=num_draws, mask=mask, noise=self.noise, curvature=curvature)
+        scale = self.scale
+        if scale is None:
+            scale = choose_scale(loss_fn, draws, trusted, self.retained)
+            forwards += pilot_forwards(trusted)
+        draws = draws.with_scale(scale)
+        pilot = pilot_examples(trusted)
+        survivors = [pilot_share(loss_fn, draws.with_scale(s, 4), pilot) for s in (0.0, scale)]
+        if survivors[0] > 0 and survivors[1] == 0:
+            raise ValueError(f"scale: {scale} changes every output on the trusted examples; lower it or leave it out")
+        return Perturbed(draws, forwards, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin:
+    """Chains of stochastic gradient Langevin dynamics; the defaults are the paper's.
+
+    Attributes:
+      kernel: "rmsprop_sgld" or "sgld".
+      step_size, nbeta, localization: ε, nβ and γ of `madjax.sampling.sgld`.
+      num_chains, num_burnin_steps, num_steps_between_draws, batch_size: see `ChainDraws`.
+      drift: the batch statistics move, as in the paper's code.
+      parameters: regular expression of the paths to move; None for all trainable ones.
+    """
+
+    kernel: Literal["rmsprop_sgld", "sgld"] = "rmsprop_sgld"
+    step_size: float = 1e-6
+    nbeta: float = 100.0
+    localization: float = 1e4
+    num_chains: int = 1
+    num_burnin_steps: int = 250
+    num_steps_between_draws: int = 1
+    batch_size: int = 256
+    drift: bool = False
+    parameters: str | None = None
+
+    def perturb(
+        self,
+        rng_key: jax.Array,
+        loss_fn: LossFn,
+        params: Params,
+        trusted: Batch,
+        sampling: Batch | None,
+        num_draws: int,
+    ) -> Perturbed:
+        """`num_draws` draws in all, over `num_chains` chains that train on `sampling` with true labels."""
+        del trusted
+        if sampling is None:
+            raise ValueError("sampling: chains need examples with true labels to train on, apart from the trusted ones")
+        kernels = {"rmsprop_sgld": rmsprop_sgld, "sgld": sgld}
+        if self.kernel not in kernels:
+            raise ValueError(f"kernel: wanted one of {', '.join(kernels)}, got {self.kernel!r}")
+        mask = _mask(loss_fn, params, self.parameters)
+        draws = ChainDraws(
+            rng_key,
+            kernels[self.kernel](loss_fn, mask, drift=self.drift),
+            Target(params, self.nbeta, self.localization),
+            sampling,
+            num_draws=num_draws,
+            num_chains=self.num_chains,
+            num_burnin_steps=self.num_burnin_steps,
+            num_steps_between_draws=self.num_steps_between_draws,
+            step_size=self.step_size,
+            batch_size=self.batch_size,
+        )
+        steps = self.num_chains * self.num_burnin_steps + num_draws * self.num_steps_between_draws
+        # a gradient costs a forward pass and about two more
+        return Perturbed(draws, 3 * steps * min(self.batch_size, num_examples(sampling)), None)
+
+
+Perturbation = Gaussian | Langevin
+
+
+def _mask(loss_fn: LossFn, params: Params, pattern: str | None):
+    is_trainable = getattr(loss_fn, "is_trainable", None)
+    return drawn_parameters(params, pattern, None if is_trainable is None else is_trainable(params))
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+    """Raises ValueError unless every label is a class."""
+    wrong = (labels < 0) | (labels >= num_classes)
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise ValueError(f"{name}: wanted labels from 0 to {num_classes - 1}, got {labels[index]} at index {index}")

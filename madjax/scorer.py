@@ -1,0 +1,146 @@
+"""From loss matrices to scores: traces, couplings and calibration of one trusted set, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from madjax import calibration
+from madjax.coupling import couplings, leave_one_out, lookup, nearest
+from madjax.sampling.diagnostics import ensure_finite
+from madjax.traces import TraceMap, TraceMapFit
+from madjax.types import LossMatrix
+
+Traces = Literal["whitened", "raw"]
+
+# trusted examples are left out in at most so many groups, each of which needs a trace map of its own
+_MAX_FOLDS = 256
+
+
+class Scores(NamedTuple):
+    """What is said of each test example, arrays of `[num_test]`.
+
+    Attributes:
+      anomaly_score: minus the coupling; high = anomalous.
+      p_value: conformal, see `madjax.calibration`; small = anomalous.
+      flagged: p_value at most the wanted false-positive rate.
+      prediction: the model's own output; None where examples have no class.
+      nearest: int `[num_test, 3]`, the trusted examples it couples with most, the closest first.
+    """
+
+    anomaly_score: np.ndarray
+    p_value: np.ndarray
+    flagged: np.ndarray
+    prediction: np.ndarray | None
+    nearest: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A trusted set's losses and how others are held against them.
+
+    Attributes:
+      coupling: a name in `COUPLINGS`.
+      traces: "whitened" (see `madjax.traces`) or "raw", the losses as they are.
+      trusted: `[num_draws, num_trusted]` losses.
+      trusted_classes: `[num_trusted]` predicted classes, or None.
+      trusted_couplings: `[num_trusted]`, each with the others.
+      trace_map: for "whitened" traces.
+    """
+
+    coupling: str
+    traces: Traces
+    trusted: LossMatrix
+    trusted_classes: np.ndarray | None
+    trusted_couplings: np.ndarray
+    trace_map: TraceMap | None
+
+    @classmethod
+    def fit(
+        cls,
+        trusted: LossMatrix,
+        trusted_classes: np.ndarray | None = None,
+        *,
+        coupling: str = "topk_ccc",
+        traces: Traces = "whitened",
+    ) -> Scorer:
+        """Calibrates on the trusted losses, leaving each example out of what it is held against.
+
+        Raises:
+          ValueError: fewer than two trusted examples, one predicted class alone where the coupling is over classes,
+            losses that no draw changes.
+          FloatingPointError: losses that are not finite.
+        """
+        if traces not in ("whitened", "raw"):
+            raise ValueError(f"traces: wanted whitened or raw, got {traces!r}")
+        if trusted.ndim != 2 or trusted.shape[0] < 2 or trusted.shape[1] < 2:
+            raise ValueError(f"trusted: wanted losses of at least 2 draws and 2 examples, got {trusted.shape}")
+        ensure_finite(trusted, "trusted losses")
+        if (trusted == trusted[:1]).all():
+            raise ValueError("trusted: no draw changes any loss (all traces are constant); raise the scale")
+        by_class = _is_by_class(coupling)
+        if by_class and trusted_classes is not None and len(np.unique(trusted_classes)) < 2:
+            raise ValueError(
+                f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
+                f"{coupling!r} needs two classes at least (topk_ccc and mean_ccc do not)"
+            )
+        classes = trusted_classes if by_class else None
+        if traces == "raw":
+            return cls(coupling, traces, trusted, trusted_classes, leave_one_out(coupling, trusted, classes), None)
+        fit = TraceMapFit(trusted)
+        left_out = _leave_out_with_map(coupling, trusted, classes, fit)
+        return cls(coupling, traces, trusted, trusted_classes, left_out, fit.without(np.zeros(0, int)))
+
+    def map(self, losses: LossMatrix) -> np.ndarray:
+        """The traces of losses at the trusted draws."""
+        return losses if self.trace_map is None else self.trace_map(losses)
+
+    def score(
+        self, losses: LossMatrix, classes: np.ndarray | None = None, *, fpr: float = 0.05, per_class: bool = False
+    ) -> Scores:
+        """Scores of test examples from their losses `[num_draws, num_test]`.
+
+        Args:
+          classes: `[num_test]` predicted classes.
+          fpr: the false-positive rate that `flagged` is calibrated for.
+          per_class: calibrate each predicted class by itself (Mondrian): the rate then holds within every class, at the
+            price of the finite-sample limit of the smallest.
+        """
+        calibration.check_fpr(fpr)
+        ensure_finite(losses, "test losses")
+        if per_class and (classes is None or self.trusted_classes is None):
+            raise ValueError("per_class: wanted predicted classes of the trusted and of the test examples, got none")
+        trusted, test = self.map(self.trusted), self.map(losses)
+        by_class = self.trusted_classes if _is_by_class(self.coupling) else None
+        values = couplings(self.coupling, trusted, test, by_class)
+        p_value = calibration.p_values(
+            self.trusted_couplings,
+            values,
+            trusted_classes=self.trusted_classes if per_class else None,
+            classes=classes if per_class else None,
+        )
+        closest, _ = nearest(self.coupling, trusted, test)
+        return Scores(-values, p_value, p_value <= fpr, classes, closest)
+
+
+def _is_by_class(name: str) -> bool:
+    return lookup(name).reduction == "class"
+
+
+def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | None, fit: TraceMapFit) -> np.ndarray:
+    """Couplings of the trusted examples, left out of the trace map as well as of the references."""
+    count = trusted.shape[1]
+    result = np.empty(count)
+    # neighbours in the set may be alike, so a group takes examples from all over it
+    groups = np.arange(count) % min(count, _MAX_FOLDS)
+    for group in range(groups.max() + 1):
+        held_out = np.flatnonzero(groups == group)
+        kept = groups != group
+        trace_map = fit.without(held_out)
+        mapped = trace_map(trusted)
+        result[held_out] = couplings(
+            name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept]
+        )
+    return result

@@ -1,0 +1,230 @@
+"""The sweep: draws × examples -> loss matrix, one compiled program called block by block.
+
+A call of the program takes a block of draws and a chunk of examples and returns their losses; the parameters of each
+draw are made inside it, so nothing but the matrix grows with the number of draws. How the draws of a block are laid out
+is an argument, since what is fast on one device is slow on another: XLA's CPU backend turns a convolution under `vmap`
+into a grouped one, several times slower, while an accelerator may gain from it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from madjax.sampling.diagnostics import ensure_finite
+from madjax.sampling.draws import Draws
+from madjax.sharding import Placement, place, put_examples, split
+from madjax.types import Batch, LossFn, LossMatrix, num_examples
+
+# examples that a device holds at a time; more are passed again for every block of draws
+_CHUNK = 16_384
+
+
+class Layout(NamedTuple):
+    """How the draws of one call are laid out.
+
+    Attributes:
+      kind: "host": one draw a call, the loop is on the host. "scan": a loop in the program, a draw at a time. "vmap":
+        all draws of a call at once.
+      draws_per_call: 1 for "host".
+    """
+
+    kind: str
+    draws_per_call: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """From "host", "scan8", "vmap4", ...; a ValueError lists what there is."""
+        if match := re.fullmatch(r"host|(scan|vmap)([1-9]\d*)", text):
+            return cls(match[1] or "host", int(match[2] or 1))
+        raise ValueError(f"layout: wanted auto, host, scanK or vmapK with a number of draws K, got {text!r}")
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "host" else f"{self.kind}{self.draws_per_call}"
+
+
+CANDIDATES = (Layout("host", 1), Layout("scan", 8), Layout("vmap", 4))
+# what "auto" picked, by program and shapes: a second sweep of the same kind need not time again
+_picked: dict[Any, Layout] = {}
+
+
+def loss_matrix(
+    loss_fn: LossFn,
+    draws: Draws,
+    examples: Batch,
+    *,
+    layout: str = "auto",
+    batch_size: int = 256,
+    devices: Sequence[Any] | None = None,
+    progress: bool = False,
+) -> LossMatrix:
+    """The loss of every example at every draw.
+
+    Args:
+      loss_fn: `(params, batch) -> float32 [n]`. Two calls with equal functions share one compilation.
+      draws: `GaussianDraws`, `ChainDraws` or anything with the methods of `Draws`.
+      examples: pytree of arrays with one leading axis, on the host or on the devices.
+      layout: see `Layout.parse`; "auto" times one block of each candidate on this device and takes the fastest.
+      batch_size: examples of one forward pass on one device.
+      devices: all of the default backend where None.
+
+    Returns:
+      Float32 `[num_draws, num_examples]` on the host. It does not depend on layout, batch size or devices beyond
+      rounding.
+
+    Raises:
+      ValueError: no draws or examples, examples of unequal lengths, a loss that is not one number an example.
+      FloatingPointError: a loss is not finite; the message names draw and example.
+    """
+    count = num_examples(examples)
+    if count < 1:
+        raise ValueError("examples: wanted at least one, got none")
+    if draws.num_draws < 1:
+        raise ValueError(f"draws: wanted at least one, got {draws.num_draws}")
+    placement = place(count, devices)
+    batch_size = min(batch_size, -(-count // placement.num_devices))
+    chunks = _Chunks(examples, count, batch_size, placement)
+    items = draws.items()
+    if layout == "auto":
+        chosen, items = _pick(loss_fn, draws, items, chunks.probe(), batch_size, placement)
+    else:
+        chosen = Layout.parse(layout)
+    matrix = np.empty((draws.num_draws, count), np.float32)
+    with tqdm(total=draws.num_draws, desc=f"sweep {chosen}", unit="draw", disable=not progress) as bar:
+        row = 0
+        for block in _blocks(items, _block_size(chosen, placement)):
+            size = min(len(block), draws.num_draws - row)
+            # every chunk is queued before the first is waited for
+            losses = [_call(loss_fn, draws, block, chunk, chosen, batch_size, placement) for chunk in chunks]
+            matrix[row : row + size] = np.concatenate([np.asarray(x)[:size] for x in losses], axis=1)[:, :count]
+            for offset in range(size):
+                ensure_finite(matrix[row + offset], f"losses of draw {row + offset}")
+            row += size
+            bar.update(size)
+    return matrix
+
+
+def _block_size(layout: Layout, placement: Placement) -> int:
+    return layout.draws_per_call * (placement.num_devices if placement.axis == "draws" else 1)
+
+
+def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while block := list(islice(items, size)):
+        yield block
+
+
+class _Chunks:
+    """The examples in pieces of one shape that a device's memory can hold; the padding repeats the last example."""
+
+    def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement):
+        parts = placement.num_devices if placement.axis == "examples" else 1
+        multiple = batch_size * parts
+        size = min(-(-count // multiple), max(1, _CHUNK // batch_size)) * multiple
+        self._placement, self._multiple = placement, multiple
+        self._padded = jax.tree.map(lambda leaf: _pad(leaf, -count % size), examples)
+        self._starts, self._size = range(0, count, size), size
+        # the only chunk stays on the devices
+        self._resident = [self._slice(0, size)] if len(self._starts) == 1 else None
+
+    def _slice(self, start: int, size: int) -> Batch:
+        return put_examples(jax.tree.map(lambda leaf: leaf[start : start + size], self._padded), self._placement)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._resident or (self._slice(start, self._size) for start in self._starts))
+
+    def probe(self) -> Batch:
+        """One batch a device."""
+        return self._slice(0, self._multiple)
+
+
+def _pad(leaf: Any, missing: int) -> Any:
+    if not missing:
+        return leaf
+    xp = jnp if isinstance(leaf, jax.Array) else np
+    return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)])
+
+
+def _call(
+    loss_fn: LossFn,
+    draws: Draws,
+    block: list[Any],
+    examples: Batch,
+    layout: Layout,
+    batch_size: int,
+    placement: Placement,
+) -> jax.Array:
+    # a short last block is filled up, so that one program serves all
+    block = block + block[-1:] * (_block_size(layout, placement) - len(block))
+    items = jax.tree.map(lambda *leaves: jnp.stack(leaves), *block)
+    return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _block(
+    loss_fn: LossFn, kind: str, batch_size: int, placement: Placement, draws: Draws, items: Any, examples: Batch
+) -> jax.Array:
+    def on_one_device(draws: Draws, items: Any, examples: Batch) -> jax.Array:
+        def one_draw(item: Any) -> jax.Array:
+            return _draw_losses(loss_fn, draws.params(item), examples, batch_size)
+
+        if kind == "host" or jax.tree.leaves(items)[0].shape[0] == 1:
+            return one_draw(jax.tree.map(lambda leaf: leaf[0], items))[None]
+        return jax.vmap(one_draw)(items) if kind == "vmap" else jax.lax.map(one_draw, items)
+
+    return split(on_one_device, placement)(draws, items, examples)
+
+
+def _draw_losses(loss_fn: LossFn, params: Any, examples: Batch, batch_size: int) -> jax.Array:
+    count = jax.tree.leaves(examples)[0].shape[0]
+
+    def batch_losses(batch: Batch) -> jax.Array:
+        losses = loss_fn(params, batch)
+        if jnp.shape(losses) != (batch_size,):
+            raise ValueError(
+                f"loss_fn: wanted one loss an example, [{batch_size}] for a batch of {batch_size}, "
+                f"got shape {jnp.shape(losses)}"
+            )
+        return losses.astype(jnp.float32)
+
+    if count == batch_size:
+        return batch_losses(examples)
+    batches = jax.tree.map(lambda leaf: leaf.reshape(-1, batch_size, *leaf.shape[1:]), examples)
+    return jax.lax.map(batch_losses, batches).reshape(count)
+
+
+def _pick(
+    loss_fn: LossFn, draws: Draws, items: Iterator[Any], probe: Batch, batch_size: int, placement: Placement
+) -> tuple[Layout, Iterator[Any]]:
+    """The fastest candidate on one batch of examples; the items it looked at are put back."""
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (draws, probe))
+    key = (loss_fn, str(shapes), batch_size, placement)
+    if key in _picked:
+        return _picked[key], items
+    seen = list(islice(items, max(_block_size(candidate, placement) for candidate in CANDIDATES)))
+    seconds: dict[Layout, float] = {}
+    for candidate in CANDIDATES:
+        block = seen[: _block_size(candidate, placement)]
+        if len(block) < candidate.draws_per_call:
+            continue  # fewer draws than one call would take
+
+        def run(block: list[Any] = block, candidate: Layout = candidate) -> float:
+            start = time.perf_counter()
+            _call(loss_fn, draws, block, probe, candidate, batch_size, placement).block_until_ready()
+            return (time.perf_counter() - start) / candidate.draws_per_call
+
+        run()  # compiles
+        seconds[candidate] = run()
+        # a second look only at those that may win
+        if seconds[candidate] < 1.5 * min(seconds.values()):
+            seconds[candidate] = min(seconds[candidate], run(), run())
+    _picked[key] = min(seconds, key=seconds.__getitem__)
+    return _picked[key], chain(seen, items)

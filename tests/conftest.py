@@ -1,0 +1,37 @@
+"""Four CPU devices, strict rank promotion, and small problems that many tests share."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import matplotlib as mpl  # noqa: E402
+
+mpl.use("Agg")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from madjax import from_nnx  # noqa: E402
+from madjax.models import DigitsCNN  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def digits_model():
+    """An untrained digits CNN as (loss_fn, params)."""
+    return from_nnx(DigitsCNN(rngs=nnx.Rngs(0)), preprocess=to_unit)
+
+
+def to_unit(image):
+    return image.astype("float32") / 255
+
+
+@pytest.fixture(scope="session")
+def examples():
+    """37 random images with random labels: no multiple of anything."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (37, 8, 8, 1)).astype(np.uint8),
+        "label": rng.integers(0, 10, 37).astype(np.int32),
+    }

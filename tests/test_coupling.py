@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from madjax import coupling
+from tests import oracles
+
+
+@pytest.fixture(scope="module")
+def losses():
+    rng = np.random.default_rng(0)
+    shared = rng.gamma(1.0, size=(23, 3))
+    trusted = shared @ rng.random((3, 31)) + 0.3 * rng.random((23, 31))
+    test = shared @ rng.random((3, 17)) + 0.3 * rng.random((23, 17))
+    return trusted.astype(np.float32), test.astype(np.float32), rng.integers(0, 4, 31)
+
+
+@pytest.mark.parametrize("name", coupling.COUPLINGS)
+def test_couplings_against_a_double_loop(losses, name):
+    trusted, test, classes = losses
+    kind = coupling.lookup(name)
+    expected = [
+        oracles.coupling(kind.pair, kind.reduction, trusted, test[:, j], classes, coupling.TOP_K)
+        for j in range(test.shape[1])
+    ]
+    np.testing.assert_allclose(coupling.couplings(name, trusted, test, classes), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", coupling.COUPLINGS)
+def test_leave_one_out_against_a_double_loop(losses, name):
+    trusted, _, classes = losses
+    kind = coupling.lookup(name)
+    expected = [
+        oracles.coupling(kind.pair, kind.reduction, trusted, trusted[:, j], classes, coupling.TOP_K, leave_out=j)
+        for j in range(trusted.shape[1])
+    ]
+    np.testing.assert_allclose(coupling.leave_one_out(name, trusted, classes), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["correlation", "ccc", "covariance"])
+def test_pairs_and_blocks(losses, kind, monkeypatch):
+    trusted, test, _ = losses
+    expected = [[oracles.pair(kind, trusted[:, i], test[:, j]) for j in range(17)] for i in range(31)]
+    np.testing.assert_allclose(coupling.pairs(kind, trusted, test), expected, rtol=1e-5, atol=1e-6)
+    whole = coupling.couplings("class_ccc", trusted, test, losses[2])
+    monkeypatch.setattr(coupling, "_BLOCK_ENTRIES", 31 * 5)
+    np.testing.assert_allclose(coupling.pairs(kind, trusted, test), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(coupling.couplings("class_ccc", trusted, test, losses[2]), whole)
+
+
+def test_couplings_do_not_depend_on_the_order_of_draws(losses):
+    trusted, test, classes = losses
+    order = np.random.default_rng(1).permutation(len(trusted))
+    for name in coupling.COUPLINGS:
+        np.testing.assert_allclose(
+            coupling.couplings(name, trusted[order], test[order], classes),
+            coupling.couplings(name, trusted, test, classes),
+            rtol=1e-6,
+        )
+
+
+def test_nearest_are_the_largest_pairs(losses):
+    trusted, test, _ = losses
+    indices, values = coupling.nearest("topk_ccc", trusted, test)
+    matrix = coupling.pairs("ccc", trusted, test)
+    np.testing.assert_array_equal(indices, np.argsort(-matrix, axis=0)[:3].T)
+    np.testing.assert_allclose(values[:, 0], matrix.max(0))
+
+
+def test_a_constant_trace_shares_nothing(losses):
+    trusted, test, classes = losses
+    trusted, test = trusted.copy(), test.copy()
+    trusted[:, 0] = 0.1  # not a number that float32 holds
+    test[:, 0] = 0.1
+    assert np.all(coupling.pairs("correlation", trusted, test)[0] == 0)
+    assert np.all(coupling.pairs("ccc", trusted, test)[:, 0] == 0)
+    assert coupling.couplings("class_correlation", trusted, test, classes)[0] == 0
+    assert np.isfinite(coupling.leave_one_out("class_correlation", trusted, classes)).all()
+
+
+def test_a_class_with_one_example_does_not_explain_itself(losses):
+    trusted, _, classes = losses
+    classes = classes.copy()
+    classes[5] = 99
+    values = coupling.leave_one_out("class_correlation", trusted, classes)
+    expected = oracles.coupling("correlation", "class", trusted, trusted[:, 5], classes, 0, leave_out=5)
+    np.testing.assert_allclose(values[5], expected, rtol=1e-5)
+
+
+def test_bad_input(losses):
+    trusted, test, classes = losses
+    with pytest.raises(ValueError, match=r"coupling: wanted one of mean_correlation, .* got 'cosine'"):
+        coupling.couplings("cosine", trusted, test)
+    with pytest.raises(ValueError, match=r"test: wanted the draws of the trusted matrix.*\(22, 17\)"):
+        coupling.couplings("mean_ccc", trusted, test[:-1])
+    with pytest.raises(ValueError, match="trusted_classes: wanted one class for each of 31"):
+        coupling.couplings("class_ccc", trusted, test, classes[:-1])

@@ -1,0 +1,70 @@
+"""The river: examples and a model → loss → draws → sweep → traces → couplings → scores. Nothing flows back."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "madjax"
+# a module may import those to the left of it
+RIVER = [
+    "types", "losses", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
+    "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.scale", "sampling.perturbation", "sharding",
+    "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector",
+]  # fmt: skip
+WINGS = ("models", "attacks", "data", "interop", "metrics", "report")
+
+
+def _imports(path):
+    """Modules of the package that a file imports, without the package's name, and other top-level packages."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if (PACKAGE.parent / node.module.replace(".", "/")).is_dir():  # from madjax import coupling
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("madjax."):
+                own.add(name.removeprefix("madjax."))
+            else:
+                others.add(name.split(".")[0])
+    return own, others
+
+
+def _file(module):
+    return PACKAGE / (module.replace(".", "/") + ".py")
+
+
+@pytest.mark.parametrize("module", RIVER)
+def test_the_river_flows_one_way(module):
+    own, others = _imports(_file(module))
+    for name in own:
+        assert name in RIVER, f"{module} imports {name}, which is not on the river"
+        assert RIVER.index(name) < RIVER.index(module), f"{module} imports {name}, which is downstream"
+    if module != "losses":
+        assert "flax" not in others, f"{module} imports flax"
+    if module != "checkpoint":
+        assert "orbax" not in others, f"{module} imports orbax"
+
+
+def test_every_module_is_on_the_river_or_in_a_wing():
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert path.name == "__init__.py" or module in RIVER or module.startswith(WINGS), module
+    assert all(_file(module).exists() for module in RIVER)
+
+
+def test_the_package_imports_neither_torch_nor_drivers():
+    for path in PACKAGE.rglob("*.py"):
+        _, others = _imports(path)
+        assert not others & {"torch", "experiments", "blackjax"}, path
+
+
+def test_importing_computes_nothing():
+    code = "import jax, madjax; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)

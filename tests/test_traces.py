@@ -1,0 +1,29 @@
+import numpy as np
+
+from madjax.traces import SHRINKAGE, SMALL_LOSS, fit_trace_map
+
+
+def test_against_scipy_free_formula():
+    rng = np.random.default_rng(0)
+    losses = rng.gamma(1.0, size=(6, 50)).astype(np.float32)
+    x = np.log1p(losses.astype(float) / SMALL_LOSS)
+    covariance = np.cov(x, bias=True)
+    metric = (1 + SHRINKAGE) * np.linalg.inv(covariance / (np.trace(covariance) / 6) + SHRINKAGE * np.eye(6))
+    trace_map = fit_trace_map(losses)
+    np.testing.assert_allclose(trace_map.root @ trace_map.root, metric, rtol=1e-9)
+    np.testing.assert_allclose(trace_map(losses).mean(1), 0, atol=1e-12)
+
+
+def test_what_all_share_is_weakened():
+    rng = np.random.default_rng(0)
+    common = np.exp(rng.normal(size=(30, 1)) * 3)
+    losses = common * rng.gamma(50.0, size=(1, 80)) / 50 * np.exp(0.1 * rng.normal(size=(30, 80)))
+    raw = np.corrcoef(losses.T)
+    mapped = np.corrcoef(fit_trace_map(losses)(losses).T)
+    off = ~np.eye(80, dtype=bool)
+    assert np.abs(raw[off]).mean() > 0.9
+    assert np.abs(mapped[off]).mean() < 0.3
+
+
+def test_negative_losses_of_a_users_own_are_allowed():
+    assert np.isfinite(fit_trace_map(np.array([[-1.0, 2.0, 0.0], [0.5, -3.0, 1.0]]))(np.array([[-5.0], [5.0]]))).all()
