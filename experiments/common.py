@@ -14,6 +14,7 @@ from madjax.coupling import COUPLINGS
 from madjax.report import write_json
 from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation
 from madjax.sampling.scale import RETAINED
+from madjax.sweep import Layout
 
 
 def define_list(name: str, default: Sequence[str], known: Sequence[str], help_text: str) -> None:
@@ -58,7 +59,15 @@ def define_detection_flags() -> None:
     flags.DEFINE_float("fpr", 0.05, "Wanted false-positive rate.", lower_bound=0, upper_bound=1)
     flags.DEFINE_bool("per_class", False, "Calibrate every predicted class by itself.")
     flags.DEFINE_string("layout", "auto", "Layout of the sweep: auto, host, scanK or vmapK.")
+    flags.register_validator("layout", _check_layout)
     flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass of the sweep.", lower_bound=1)
+
+
+def _check_layout(text: str) -> bool:
+    try:
+        return text == "auto" or bool(Layout.parse(text))
+    except ValueError as error:
+        raise flags.ValidationError(str(error)) from error
 
 
 def perturbation_from_flags() -> Perturbation:

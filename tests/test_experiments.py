@@ -55,7 +55,8 @@ def test_backdoor_writes_what_it_says(finished):
 
 def test_backdoor_resumes_and_refuses_other_flags(finished):
     workdir, before = finished
-    (workdir / "metrics.jsonl").open("a").write('{"cell": "cut o')
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"cell": "cut o')
     again = run("backdoor", f"--workdir={workdir}", "--attack=badnet,clean", *SMALL)
     assert again.stdout == before.stdout
     assert "epoch" not in again.stderr  # nothing was trained
@@ -82,7 +83,7 @@ def test_backdoor_with_chains(tmp_path):
         (["--sampler=hmc"], "gaussian|rmsprop_sgld|sgld"),
         (["--dataset=imagenet"], "digits"),
         (["--workdir=/proc/nowhere"], "error: workdir: cannot write to /proc/nowhere"),
-        (["--layout=pmap", "--num_epochs=1"], "error: layout: wanted auto, host, scanK or vmapK"),
+        (["--layout=pmap"], "layout: wanted auto, host, scanK or vmapK"),
         (["extra"], "unknown argument 'extra'"),
     ],
 )

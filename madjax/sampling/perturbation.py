@@ -12,7 +12,7 @@ from madjax.sampling.chains import ChainDraws
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
 from madjax.sampling.restrict import drawn_parameters
-from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, pilot_forwards, pilot_share
+from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, pilot_forwards, surviving_share
 from madjax.sampling.sgld import rmsprop_sgld, sgld
 from madjax.sampling.target import Target
 from madjax.types import Batch, LossFn, Params, num_examples
@@ -71,8 +71,7 @@ class Gaussian:
             forwards += pilot_forwards(trusted)
         draws = draws.with_scale(scale)
         pilot = pilot_examples(trusted)
-        survivors = [pilot_share(loss_fn, draws.with_scale(s, 4), pilot) for s in (0.0, scale)]
-        if survivors[0] > 0 and survivors[1] == 0:
+        if self.scale is not None and surviving_share(loss_fn, draws.with_scale(scale, 4), pilot) == 0:
             raise ValueError(f"scale: {scale} changes every output on the trusted examples; lower it or leave it out")
         return Perturbed(draws, forwards, scale)
 

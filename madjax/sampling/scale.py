@@ -3,7 +3,7 @@
 Too small a perturbation moves no output and every trace is noise around zero; too large a one turns the network into a
 random one. Between them, what decides is how much of the network's function a draw destroys. So the scale is set where
 a given share of the trusted outputs survives, whatever the network's size, depth or units: an output survives a draw
-while its loss stays under ln 2, that is, while its label keeps more than half of the probability.
+while its loss grows by less than ln 2, that is, while it keeps more than half of its probability.
 """
 
 from __future__ import annotations
@@ -24,15 +24,11 @@ PILOT_EXAMPLES = 64
 _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
 
 
-def retained_share(losses: np.ndarray) -> float:
-    """Share of the losses (nats) under ln 2; one that overflowed is not."""
-    return float(np.mean(losses < math.log(2)))
-
-
-def pilot_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
-    """Share of the outputs on `examples`, in one forward pass, that survive the draws."""
-    losses = [_losses(loss_fn, draws, item, examples) for item in draws.items()]
-    return retained_share(np.stack([np.asarray(x) for x in losses]))
+def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
+    """Share of the outputs on `examples`, in one forward pass a draw, that survive; a loss that overflows does not."""
+    losses = [np.asarray(_losses(loss_fn, draws, item, examples)) for item in draws.items()]
+    center = np.asarray(_losses(loss_fn, draws.with_scale(0.0), np.int32(0), examples))
+    return float(np.mean(np.stack(losses) - center < math.log(2)))
 
 
 def pilot_examples(trusted: Batch) -> Batch:
@@ -60,20 +56,20 @@ def choose_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, retained
     low, high = bounds = math.log(_SMALLEST), math.log(_LARGEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        share = pilot_share(loss_fn, draws.with_scale(math.exp(middle), PILOT_DRAWS), pilot)
+        share = surviving_share(loss_fn, draws.with_scale(math.exp(middle), PILOT_DRAWS), pilot)
         low, high = (middle, high) if share > retained else (low, middle)
     if low == bounds[0] or high == bounds[1]:
         fewer_or_more = "fewer" if low == bounds[0] else "more"
         raise ValueError(
             f"trusted: {fewer_or_more} than {retained:.0%} of the outputs survive every scale between {_SMALLEST} and "
-            f"{_LARGEST}; are the labels the model's own outputs, and do the drawn parameters matter to them?"
+            f"{_LARGEST}; do the drawn parameters matter to them?"
         )
     return math.exp((low + high) / 2)
 
 
 def pilot_forwards(trusted: Batch) -> int:
     """Forward passes of one example that `choose_scale` takes."""
-    return _HALVINGS * PILOT_DRAWS * min(PILOT_EXAMPLES, num_examples(trusted))
+    return _HALVINGS * (PILOT_DRAWS + 1) * min(PILOT_EXAMPLES, num_examples(trusted))
 
 
 @partial(jax.jit, static_argnums=0)
