@@ -30,9 +30,9 @@ flags.DEFINE_integer("seed", 0, "Seed of training, splits and draws.")
 common.define_list(
     "attack", ["badnet", "blended", "sig"], ["badnet", "blended", "sig"], "Attacks of the digits models."
 )
+common.define_list("noise", ["absolute", "relative"], ["absolute", "relative", "curvature"], "Kinds of noise.")
 flags.DEFINE_list("retained", ["0.15", "0.3", "0.5", "0.8", "0.95"], "Shares of trusted outputs that survive a draw.")
 
-_NOISES = ("absolute", "relative")
 _SCORES: tuple[tuple[str, Traces], ...] = (
     ("class_correlation", "raw"),
     ("class_ccc", "raw"),
@@ -46,7 +46,7 @@ def main() -> None:
     """Sweeps every model at every setting."""
     values = flags.FLAGS
     workdir, config = common.open_workdir(
-        values.workdir, ["data", "num_draws", "num_examples", "seed", "attack", "retained"]
+        values.workdir, ["data", "num_draws", "num_examples", "seed", "attack", "noise", "retained"]
     )
     models = {f"digits {name}": lambda name=name: cases.train_digits(name, values.seed) for name in values.attack}
     if values.data:
@@ -70,7 +70,7 @@ def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
     benign, anomalous = counted.benign[:size], counted.anomalous[:size]
     images = np.concatenate([case.images[benign], case.attack.trigger(case.images[anomalous])])
     is_anomalous = np.arange(len(images)) >= len(benign)
-    for noise in _NOISES:
+    for noise in flags.FLAGS.noise:
         for retained in map(float, values.retained):
             detector = Detector.fit(
                 jax.random.key(values.seed),
@@ -91,10 +91,10 @@ def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
 
 def _plot(path: Path, rows: list[dict[str, Any]], models: list[str]) -> None:
     figure, grid = plt.subplots(
-        len(_NOISES), len(models), figsize=(2.6 * len(models), 5), sharex=True, sharey=True, layout="constrained",
+        len(flags.FLAGS.noise), len(models), figsize=(2.6 * len(models), 5), sharex=True, sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
-    for axes_of_noise, noise in zip(grid, _NOISES, strict=True):
+    for axes_of_noise, noise in zip(grid, flags.FLAGS.noise, strict=True):
         for axes, model in zip(axes_of_noise, models, strict=True):
             for coupling, traces in _SCORES:
                 points = [
