@@ -90,11 +90,12 @@ def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
 
 
 def _plot(path: Path, rows: list[dict[str, Any]], models: list[str]) -> None:
+    noises = flags.FLAGS.noise
+    size = (2.6 * len(models), 0.6 + 2.3 * len(noises))
     figure, grid = plt.subplots(
-        len(flags.FLAGS.noise), len(models), figsize=(2.6 * len(models), 5), sharex=True, sharey=True, layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for axes_of_noise, noise in zip(grid, flags.FLAGS.noise, strict=True):
+        len(noises), len(models), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for axes_of_noise, noise in zip(grid, noises, strict=True):
         for axes, model in zip(axes_of_noise, models, strict=True):
             for coupling, traces in _SCORES:
                 points = [
