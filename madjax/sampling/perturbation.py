@@ -69,10 +69,9 @@ class Gaussian:
         if scale is None:
             scale = choose_scale(loss_fn, draws, trusted, self.retained)
             forwards += pilot_forwards(trusted)
-        draws = draws.with_scale(scale)
-        pilot = pilot_examples(trusted)
-        if self.scale is not None and surviving_share(loss_fn, draws.with_scale(scale, 4), pilot) == 0:
+        elif surviving_share(loss_fn, draws.with_scale(scale, 4), pilot_examples(trusted)) == 0:
             raise ValueError(f"scale: {scale} changes every output on the trusted examples; lower it or leave it out")
+        draws = draws.with_scale(scale)
         return Perturbed(draws, forwards, scale)
 
 
