@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import common
-from experiments.cases import train_digits
+from experiments.cases import cell_rng, train_digits
 from madjax import Detector, report
 from madjax.attacks import ATTACKS
 from madjax.data import count_examples, split_by_class
@@ -60,6 +60,7 @@ def main() -> None:
     report.write_json(workdir / "results.json", {"config": config, "rows": rows})
     _join_scores(workdir, [f"{attack}-{seed}" for attack, seed in cells])
     print(report.table([*rows, *_averages(rows)]))
+    print(report.false_positives([row for row in rows if row["coupling"] == values.coupling[0]]))
     print(f"\nresults in {workdir}")
 
 
@@ -73,7 +74,7 @@ def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     case = train_digits(
         name, seed, poison_ratio=values.poison_ratio, target=values.target, num_epochs=values.num_epochs
     )
-    parts = split_by_class(np.random.default_rng(seed), case.labels, tuple(_SHARES.values()))
+    parts = split_by_class(cell_rng(name, seed), case.labels, tuple(_SHARES.values()))
     trusted, sampling, test = parts
     counted = count_examples(case.predict, case.images, case.labels, trusted, test, case.attack, case.target)
     test_images, is_anomalous = case.images[counted.benign], np.zeros(len(counted.benign), bool)

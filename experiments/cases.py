@@ -39,14 +39,19 @@ class Case(NamedTuple):
         return np.asarray(self.loss_fn.label(self.params, {"image": images})["label"])
 
 
+def cell_rng(name: str, seed: int) -> np.random.Generator:
+    """The generator of one attack and seed."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
 def train_digits(name: str, seed: int, *, poison_ratio: float = 0.1, target: int = 0, num_epochs: int = 40) -> Case:
     """A small CNN trained on 45 % of scikit-learn's digits, poisoned by the attack `name` or clean; the rest is left.
 
-    The digits it is trained on depend on the seed alone, so that all attacks are told apart on the same ones.
+    Every attack and seed has its own split, so that false-positive rates of several are independent measurements.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = cell_rng(name, seed)
     images, labels = digits()
-    train, left = split_by_class(np.random.default_rng(seed), labels, (0.45, 0.55))
+    train, left = split_by_class(rng, labels, (0.45, 0.55))
     attack = None
     train_images, train_labels = images[train], labels[train]
     if name != "clean":

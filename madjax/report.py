@@ -105,6 +105,24 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def false_positives(rows: Sequence[dict[str, Any]]) -> str:
+    """One line: the realized false-positive rate over all rows' benign examples, and where it should lie.
+
+    The range is that of 95 % of such experiments: the binomial scatter of the test examples, and with them that of the
+    thresholds, each of which comes from a trusted set of its own.
+    """
+    wanted = rows[0]["threshold_fpr"]
+    benign = np.array([row["num_benign"] for row in rows])
+    trusted = np.array([row["num_trusted"] for row in rows])
+    realized = np.average([row["realized_fpr"] for row in rows], weights=benign)
+    binomial = 1.96 * math.sqrt(wanted * (1 - wanted) / benign.sum())
+    both = 1.96 * math.sqrt(wanted * (1 - wanted) * (benign + benign**2 / trusted).sum()) / benign.sum()
+    return (
+        f"false-positive rate {realized:.2%} of {benign.sum()} benign examples, {wanted:.2%} wanted; 95 % of such runs "
+        f"lie within {binomial:.2%} by the scatter of the test examples, {both:.2%} with that of the thresholds"
+    )
+
+
 def _cell(figure: float, width: int) -> str:
     if figure is None or math.isnan(figure):
         return " " * (width - 1) + "-"

@@ -1,5 +1,8 @@
 """Four CPU devices, strict rank promotion, and small problems that many tests share."""
 
+import os
+from pathlib import Path
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -35,3 +38,12 @@ def examples():
         "image": rng.integers(0, 256, (37, 8, 8, 1)).astype(np.uint8),
         "label": rng.integers(0, 10, 37).astype(np.int32),
     }
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of data sets and public checkpoints that do not ship with the package."""
+    folder = Path(os.environ.get("MADJAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"development data is not at {folder}")
+    return folder

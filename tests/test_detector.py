@@ -25,7 +25,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def fitted(model, images):
-    return Detector.fit(jax.random.key(0), *model, {"image": images[:40]}, num_draws=16)
+    return Detector.fit(jax.random.key(0), *model, {"image": images[:40]}, num_draws=16, layout="host")
 
 
 def _equal(a, b, rtol=0.0):
@@ -44,7 +44,13 @@ def _chain():
 def test_save_load_score(model, images, perturbation, tmp_path):
     sampling = {"image": images[:20], "label": np.arange(20, dtype=np.int32) % 10}
     detector = Detector.fit(
-        jax.random.key(0), *model, {"image": images[:40]}, sampling=sampling, perturbation=perturbation, num_draws=8
+        jax.random.key(0),
+        *model,
+        {"image": images[:40]},
+        sampling=sampling,
+        perturbation=perturbation,
+        num_draws=8,
+        layout="host",
     )
     before = detector.score({"image": images[40:]})
     detector.save(tmp_path / "detector")
@@ -72,9 +78,9 @@ def test_later_scores_equal_those_at_fit_time(model, images, fitted):
 
 
 def test_the_same_key_gives_the_same_detector(model, images, fitted):
-    again = Detector.fit(jax.random.key(0), *model, {"image": images[:40]}, num_draws=16)
+    again = Detector.fit(jax.random.key(0), *model, {"image": images[:40]}, num_draws=16, layout="host")
     np.testing.assert_array_equal(again.scorer.trusted, fitted.scorer.trusted)
-    other = Detector.fit(jax.random.key(1), *model, {"image": images[:40]}, num_draws=16)
+    other = Detector.fit(jax.random.key(1), *model, {"image": images[:40]}, num_draws=16, layout="host")
     assert not np.allclose(other.scorer.trusted, fitted.scorer.trusted)
 
 
@@ -101,7 +107,13 @@ def test_linen_models_and_their_statistics(images):
     _, moved = loss_fn.drift(params, batch)
     assert not np.allclose(*(jax.tree.leaves(tree["batch_stats"])[0] for tree in (params, moved)))
     detector = Detector.fit(
-        jax.random.key(0), loss_fn, params, {"image": images[:30]}, num_draws=8, perturbation=Gaussian(scale=0.1)
+        jax.random.key(0),
+        loss_fn,
+        params,
+        {"image": images[:30]},
+        num_draws=8,
+        perturbation=Gaussian(scale=0.1),
+        layout="host",
     )
     assert detector.score({"image": images[30:]}).anomaly_score.shape == (60,)
 
@@ -140,7 +152,7 @@ def test_bad_input(model, images):
     key, trusted = jax.random.key(0), {"image": images[:40]}
 
     def fit(*args, **kwargs):
-        return Detector.fit(key, *args, **{"num_draws": 8, **kwargs})
+        return Detector.fit(key, *args, **{"num_draws": 8, "layout": "host", **kwargs})
 
     with pytest.raises(ValueError, match="trusted: wanted a few hundred examples, got 0"):
         fit(loss_fn, params, {"image": images[:0]})
@@ -181,7 +193,7 @@ def test_a_class_that_no_trusted_example_has_is_named(model, images):
     loss_fn, params = model
     classes = np.asarray(loss_fn.label(params, {"image": images})["label"])
     rare = classes[-1]
-    detector = Detector.fit(jax.random.key(0), *model, {"image": images[classes != rare]}, num_draws=8)
+    detector = Detector.fit(jax.random.key(0), *model, {"image": images[classes != rare]}, num_draws=8, layout="host")
     with pytest.warns(UserWarning, match=f"trusted: no example is predicted as class {rare}, as 1 test examples are"):
         scores = detector.score({"image": images[-1:]})
     assert np.isfinite(scores.anomaly_score).all()

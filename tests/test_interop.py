@@ -2,7 +2,6 @@ import importlib.util
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,11 +102,3 @@ def test_the_published_wrn_classifies(shared_data):
     assert np.mean(predict(images) == labels) == pytest.approx(0.834, abs=0.06)
     others = labels != case.target
     assert np.mean(predict(case.attack.trigger(images[others])) == case.target) > 0.99
-
-
-@pytest.fixture
-def shared_data():
-    folder = Path(os.environ.get("MADJAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"development data is not at {folder}")
-    return folder
