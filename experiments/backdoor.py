@@ -1,13 +1,19 @@
-r"""Backdoors: trains poisoned models on the spot, and tells triggered inputs from benign ones.
+r"""Backdoors: tells triggered inputs from benign ones, on models trained on the spot or brought along.
 
-    python -m experiments.backdoor --dataset=digits --workdir=runs/demo
+    python -m experiments.backdoor --dataset=digits --workdir=runs/demo            # a minute on 2 CPU cores
+    python -m experiments.backdoor --dataset=cifar10 --data_dir=DATA --attack=badnet,wanet --seed=0,1,2
+    python -m experiments.backdoor --checkpoint=runs/wanet/model --attack=wanet    # of experiments.train_backdoor
+    python -m experiments.backdoor --checkpoint=weights.pth --model=resnet20 --dataset=cifar10 --attack=badnet
+    python -m experiments.backdoor --backdoorbench=record/badnet_0_1
 
-About a minute on 2 CPU cores. For every attack and seed a small CNN is trained on scikit-learn's digits with a tenth of
-them poisoned, and one on clean digits; the rest is held out, and split into trusted, sampling and test. By the
-reference's protocol only clean images that the model gets right and triggered images that fire are counted.
+Unless it is given a checkpoint, it trains a model for every attack and seed, with a tenth of the training images
+poisoned. Images that no model was trained on are split into trusted, sampling and test ones. By the protocol of the
+paper's code only clean images that the model gets right and triggered images that fire are counted. --preset=paper adds
+the paper's chain and couplings to the table.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
-pictures and scores of each attack and seed. A second run with the same --workdir resumes after the last whole cell.
+pictures and scores of each attack and seed, under models/ what it trained. A second run with the same --workdir resumes
+after the last whole cell, and within a training after its last whole epoch.
 """
 
 from __future__ import annotations
@@ -22,26 +28,27 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
-from experiments.cases import cell_rng, train_digits
+from experiments import cases, common
+from experiments.cases import Case, CountedExamples
 from madjax import Detector, report
 from madjax.attacks import ATTACKS
-from madjax.data import count_examples, split_by_class
+from madjax.data import load_images, split_by_class
 
-flags.DEFINE_enum("dataset", "digits", ["digits"], "Data set.")
+common.define_training_flags()
 common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_list("seed", ["0"], [str(seed) for seed in range(1000)], "Seeds of training, splits and draws.")
-flags.DEFINE_float("poison_ratio", 0.1, "Share of the training images that carry the trigger.")
-flags.DEFINE_integer("target", 0, "The class that the trigger asks for.", lower_bound=0)
-flags.DEFINE_integer("num_epochs", 40, "Training epochs.", lower_bound=1)
+common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
+flags.DEFINE_string("checkpoint", None, "A folder of train_backdoor, or weights: torch, safetensors or orbax.")
+flags.DEFINE_string("normalization", None, "Of --checkpoint: a name or m1,m2,m3/s1,s2,s3; the data set's if not given.")
+flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()
 
-# of every class of the held-out images
+# of every class of the pool
 _SHARES = {"trusted": 0.4, "sampling": 0.2, "test": 0.4}
-_OWN_FLAGS = ["dataset", "attack", "seed", "poison_ratio", "target", "num_epochs"]
+_OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "checkpoint", "normalization", "backdoorbench"]
 
 
 def main() -> None:
@@ -49,95 +56,131 @@ def main() -> None:
     values = flags.FLAGS
     workdir, config = common.open_workdir(values.workdir, [*_OWN_FLAGS, *common.detection_flag_names()])
     done = _finished(workdir)
-    cells = [(attack, int(seed)) for seed in values.seed for attack in values.attack]
+    cells = [(attack, int(seed)) for seed in values.seed for attack in _attacks()]
     for attack, seed in tqdm(cells, desc="cells", unit="cell"):
         if f"{attack}-{seed}" not in done:
-            rows = _run_cell(attack, seed, workdir / "cells" / f"{attack}-{seed}")
+            rows = _run_cell(attack, seed, workdir)
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"cell": f"{attack}-{seed}", "rows": rows}) + "\n")
             done[f"{attack}-{seed}"] = rows
     rows = [row for attack, seed in cells for row in done[f"{attack}-{seed}"]]
-    report.write_json(workdir / "results.json", {"config": config, "rows": rows})
+    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    report.write_json(workdir / "results.json", {"config": config, "device": device, "rows": rows})
     _join_scores(workdir, [f"{attack}-{seed}" for attack, seed in cells])
-    print(report.table([*rows, *_averages(rows)]))
-    print(report.false_positives([row for row in rows if row["coupling"] == values.coupling[0]]))
+    print(report.table([*rows, *report.average_rows(rows)]))
+    first = (rows[0]["sampler"], rows[0]["coupling"])
+    print(report.false_positives([row for row in rows if (row["sampler"], row["coupling"]) == first]))
     print(f"\nresults in {workdir}")
 
 
-def _averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_coupling = [[row for row in rows if row["coupling"] == name] for name in flags.FLAGS.coupling]
-    return [report.average_row(group) for group in by_coupling if any(row["attack"] != "clean" for row in group)]
-
-
-def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+def _attacks() -> list[str]:
     values = flags.FLAGS
-    case = train_digits(
-        name, seed, poison_ratio=values.poison_ratio, target=values.target, num_epochs=values.num_epochs
-    )
-    parts = split_by_class(cell_rng(name, seed), case.labels, tuple(_SHARES.values()))
+    if values.backdoorbench:
+        return [Path(values.backdoorbench).resolve().name]
+    if values.checkpoint and len(values.attack) != 1:
+        raise ValueError(f"attack: wanted the one that --checkpoint was trained with, got {','.join(values.attack)}")
+    return values.attack
+
+
+def _case(name: str, seed: int, workdir: Path) -> Case:
+    values, recipe = flags.FLAGS, common.recipe_from_flags()
+    if values.backdoorbench:
+        folder = Path(values.backdoorbench)
+        return cases.backdoorbench_case(folder, values.data_dir, values.target, values.num_pool)
+    if values.checkpoint is None:
+        return cases.train_case(name, seed, recipe, workdir / "models" / f"{name}-{seed}")
+    path = Path(values.checkpoint)
+    if (path / "model").is_dir():
+        return cases.load_case(path)
+    pool = load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool)
+    normalization = values.normalization or recipe.dataset
+    return cases.read_case(path, recipe.model, pool, name, recipe.target, normalization, seed)
+
+
+def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
+    values = flags.FLAGS
+    case = _case(name, seed, workdir)
+    pool = case.pool
+    parts = split_by_class(cases.cell_rng(name, seed), pool.labels, tuple(_SHARES.values()), pool.groups)
     trusted, sampling, test = parts
-    counted = count_examples(case.predict, case.images, case.labels, trusted, test, case.attack, case.target)
-    test_images, is_anomalous = case.images[counted.benign], np.zeros(len(counted.benign), bool)
-    if case.attack is not None:
-        test_images = np.concatenate([test_images, case.attack.trigger(case.images[counted.anomalous])])
-        is_anomalous = np.r_[is_anomalous, np.ones(len(counted.anomalous), bool)]
-
-    start = time.perf_counter()
-    detector = Detector.fit(
-        jax.random.key(seed),
-        case.loss_fn,
-        case.params,
-        {"image": case.images[counted.trusted]},
-        sampling={"image": case.images[sampling], "label": case.labels[sampling]},
-        perturbation=common.perturbation_from_flags(),
-        num_draws=values.num_draws,
-        coupling=values.coupling[0],
-        traces=values.traces,
-        fpr=values.fpr,
-        per_class=values.per_class,
-        layout=values.layout,
-        batch_size=values.batch_size,
-        progress=True,
-    )
-    losses, classes = detector.sweep({"image": test_images}, progress=True)
-    seconds = time.perf_counter() - start
-    rows, named_scores = [], {}
-    for coupling in values.coupling:
-        scores = detector.with_coupling(coupling, values.traces).score_losses(losses, classes)
-        named_scores[coupling] = scores
-        rows.append(
-            {
-                "attack": name,
-                "sampler": values.sampler,
-                "coupling": coupling,
-                "seed": seed,
-                **report.detection_row(scores, is_anomalous, counted.accuracy, counted.asr, values.fpr),
-                "num_draws": values.num_draws,
-                "sample_forwards": detector.sample_forwards + losses.size,
-                "sweep_seconds": seconds,
-                "scale": detector.scale,
-                "num_trusted": len(counted.trusted),
-                "num_benign": int((~is_anomalous).sum()),
-                "num_anomalous": int(is_anomalous.sum()),
-            }
+    counted = cases.count_examples(case, trusted, test)
+    images = np.concatenate([pool.images[counted.benign], counted.triggered])
+    is_anomalous = np.arange(len(images)) >= len(counted.benign)
+    rows, shown = [], False
+    for settings in map(common.settings_from_flags, values.preset):
+        start = time.perf_counter()
+        detector = Detector.fit(
+            jax.random.key(seed),
+            case.loss_fn,
+            case.params,
+            {"image": pool.images[counted.trusted]},
+            sampling={"image": pool.images[sampling], "label": pool.labels[sampling]},
+            perturbation=settings.perturbation,
+            num_draws=settings.num_draws,
+            coupling=settings.coupling[0],
+            traces=settings.traces,
+            fpr=values.fpr,
+            per_class=values.per_class,
+            layout=values.layout,
+            batch_size=values.batch_size,
+            progress=True,
         )
+        losses, classes = detector.sweep({"image": images}, progress=True)
+        seconds = time.perf_counter() - start
+        named_scores = {
+            coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, classes)
+            for coupling in settings.coupling
+        }
+        for coupling, scores in named_scores.items():
+            row = report.detection_row(scores, is_anomalous, counted.accuracy, counted.asr, values.fpr)
+            rows.append(
+                {
+                    "attack": name,
+                    "preset": settings.preset,
+                    "sampler": settings.sampler,
+                    "coupling": coupling,
+                    "seed": seed,
+                    **row,
+                    "num_draws": settings.num_draws,
+                    "sample_forwards": detector.sample_forwards + losses.size,
+                    "sweep_seconds": seconds,
+                    "scale": detector.scale,
+                    "num_trusted": len(counted.trusted),
+                    "num_benign": len(counted.benign),
+                    "num_anomalous": len(counted.anomalous),
+                }
+            )
+        if not shown:
+            shown = True
+            _show(workdir / "cells" / f"{name}-{seed}", name, seed, counted, images, detector, losses, named_scores)
+    return rows
 
+
+def _show(
+    folder: Path,
+    name: str,
+    seed: int,
+    counted: CountedExamples,
+    images: np.ndarray,
+    detector: Detector,
+    losses: np.ndarray,
+    named_scores: dict[str, Any],
+) -> None:
+    """Pictures and scores of one cell."""
     folder.mkdir(parents=True, exist_ok=True)
-    first = named_scores[values.coupling[0]]
-    title = f"{name}, seed {seed}, {values.coupling[0]}"
+    coupling, first = next(iter(named_scores.items()))
+    title = f"{name}, seed {seed}, {coupling}"
+    is_anomalous = np.arange(len(images)) >= len(counted.benign)
     kinds = np.where(is_anomalous, "triggered", "benign")
     sources = np.r_[counted.benign, counted.anomalous]
     ids = [f"{name}-{seed}/{kind}-{index}" for kind, index in zip(kinds, sources, strict=True)]
-    report.write_scores(
-        folder / "scores.csv", ids, first, is_anomalous, [f"digits-{index}" for index in counted.trusted]
-    )
-    threshold = -float(detector.threshold())
-    report.plot_histogram(folder / "histogram.png", first, is_anomalous, threshold, title)
+    trusted_ids = [f"test-{index}" for index in counted.trusted]
+    report.write_scores(folder / "scores.csv", ids, first, is_anomalous, trusted_ids)
+    report.plot_histogram(folder / "histogram.png", first, is_anomalous, -detector.threshold(), title)
     report.plot_couplings(folder / "couplings.png", detector.scorer, losses, first, is_anomalous, title)
-    report.plot_flagged(folder / "flagged.png", test_images, first, is_anomalous, title)
-    if case.attack is not None:
+    report.plot_flagged(folder / "flagged.png", images, first, is_anomalous, title)
+    if is_anomalous.any():
         report.plot_roc(folder / "roc.png", named_scores, is_anomalous, f"{name}, seed {seed}")
-    return rows
 
 
 def _finished(workdir: Path) -> dict[str, list[dict[str, Any]]]:

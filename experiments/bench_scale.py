@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from madjax import Detector, Gaussian, report
-from madjax.data import count_examples, split_by_class
+from madjax.data import split_by_class
 from madjax.scorer import Traces
 
 flags.DEFINE_string("data", None, "Folder with checkpoints and data sets; digits alone where not given.")
@@ -48,10 +48,10 @@ def main() -> None:
     workdir, config = common.open_workdir(
         values.workdir, ["data", "num_draws", "num_examples", "seed", "attack", "noise", "retained"]
     )
-    models = {f"digits {name}": lambda name=name: cases.train_digits(name, values.seed) for name in values.attack}
+    models = {f"digits {name}": lambda name=name: cases.train_case(name, values.seed) for name in values.attack}
     if values.data:
         folder = Path(values.data)
-        models |= {name: lambda name=name: cases.load(name, folder) for name in cases.CHECKPOINTS}
+        models |= {name: lambda load=load: load(folder) for name, load in cases.PUBLISHED.items()}
     rows = [row for name, make in tqdm(models.items(), unit="model") for row in _rows(name, make())]
     report.write_json(workdir / "results.json", {"config": config, "device": str(jax.devices()[0]), "rows": rows})
     _plot(workdir / "scale.png", rows, list(models))
@@ -61,22 +61,20 @@ def main() -> None:
 
 def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
     values, rows = flags.FLAGS, []
-    trusted, test = split_by_class(np.random.default_rng(values.seed), case.labels, (0.4, 0.6))
+    trusted, test = split_by_class(np.random.default_rng(values.seed), case.pool.labels, (0.4, 0.6))
     size = values.num_examples
     # a few more than wanted, since some are not counted
     trusted, test = trusted[: 4 * size], test[: 4 * size]
-    assert case.attack is not None
-    counted = count_examples(case.predict, case.images, case.labels, trusted, test, case.attack, case.target)
-    benign, anomalous = counted.benign[:size], counted.anomalous[:size]
-    images = np.concatenate([case.images[benign], case.attack.trigger(case.images[anomalous])])
-    is_anomalous = np.arange(len(images)) >= len(benign)
+    counted = cases.count_examples(case, trusted, test)
+    images = np.concatenate([case.pool.images[counted.benign[:size]], counted.triggered[:size]])
+    is_anomalous = np.arange(len(images)) >= len(counted.benign[:size])
     for noise in flags.FLAGS.noise:
         for retained in map(float, values.retained):
             detector = Detector.fit(
                 jax.random.key(values.seed),
                 case.loss_fn,
                 case.params,
-                {"image": case.images[counted.trusted[:size]]},
+                {"image": case.pool.images[counted.trusted[:size]]},
                 perturbation=Gaussian(noise, retained=retained),
                 num_draws=values.num_draws,
             )

@@ -1,11 +1,10 @@
-"""Backdoored models to try a detector on: digits trained on the spot, and public checkpoints.
+"""Models to try a detector on: trained on the spot with or without a backdoor, read from a file, or published.
 
-The folder of the checkpoints holds `checkpoints/`, `tfds/cifar10` and `mnist.npz`; it does not ship with the package.
+A model trained here is kept in a folder of its own, with the attack, and read back from there.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +15,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from madjax import from_nnx
-from madjax.attacks import ATTACKS, Attack, badnet, poison
-from madjax.data import digits, split_by_class
-from madjax.interop.torch_checkpoint import load_torch_checkpoint
-from madjax.models import BadNetsCNN, DigitsCNN, WideResNet, train_classifier
-from madjax.models.convert import load_state_dict
+from madjax import checkpoint, from_nnx
+from madjax.attacks import (
+    Attack,
+    badnet,
+    load_attack,
+    make_attack,
+    poison,
+    poisoned_labels,
+    save_attack,
+)
+from madjax.attacks.trojannn import apply as stamp
+from madjax.data import NORMALIZATIONS, ImageSet, digits, load_images, parse_normalization, split_by_class
+from madjax.interop.backdoorbench import load_backdoorbench
+from madjax.interop.weights import load_weights
+from madjax.models import build_model, from_torch, train_classifier
+from madjax.models.augment import Augmentation
 
 
 class Case(NamedTuple):
-    """A model and images that it was not trained on; `attack` is None for a clean one."""
+    """A model, and a pool of images that it was not trained on.
+
+    Attributes:
+      loss_fn, params: the model.
+      pool: the images.
+      triggered: indices of the pool -> their images with the trigger, and those indices for which there is one; None
+        for a clean model.
+      target: the class that the trigger asks for, or `ALL_TO_ALL`.
+    """
 
     loss_fn: Any
     params: Any
-    images: np.ndarray
-    labels: np.ndarray
-    attack: Attack | None
+    pool: ImageSet
+    triggered: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None
     target: int
 
     def predict(self, images: np.ndarray) -> np.ndarray:
@@ -39,86 +55,247 @@ class Case(NamedTuple):
         return np.asarray(self.loss_fn.label(self.params, {"image": images})["label"])
 
 
+class CountedExamples(NamedTuple):
+    """Which examples count, by the protocol of the paper's code.
+
+    Attributes:
+      trusted, benign: indices of clean images that the model classifies rightly.
+      anomalous: indices of clean images that with the trigger get the label it asks for, another than their own.
+      triggered: those images with the trigger, uint8 `[num_anomalous, ...]`.
+      accuracy: on the clean test images; asr: share of triggered test images that get the label asked for.
+    """
+
+    trusted: np.ndarray
+    benign: np.ndarray
+    anomalous: np.ndarray
+    triggered: np.ndarray
+    accuracy: float
+    asr: float
+
+
+def count_examples(case: Case, trusted: np.ndarray, test: np.ndarray) -> CountedExamples:
+    """Applies the protocol to two parts of the pool, given by their indices."""
+    images, labels = case.pool.images, case.pool.labels
+    right = case.predict(images) == labels
+    accuracy = float(right[test].mean())
+    if case.triggered is None:
+        return CountedExamples(trusted[right[trusted]], test[right[test]], test[:0], images[:0], accuracy, float("nan"))
+    asked = poisoned_labels(labels, case.target, case.loss_fn.num_classes(case.params, {"image": images}))
+    shown, sources = case.triggered(test[asked[test] != labels[test]])
+    if not len(sources):
+        raise ValueError("attack: no image of the test part has a triggered version")
+    fires = case.predict(shown) == asked[sources]
+    return CountedExamples(
+        trusted[right[trusted]], test[right[test]], sources[fires], shown[fires], accuracy, float(fires.mean())
+    )
+
+
+class Recipe(NamedTuple):
+    """How a model is trained; the defaults are the digits'.
+
+    Attributes:
+      dataset, data_dir: for `load_images`; digits are split anew for every attack and seed.
+      model: for `build_model`.
+      num_train, num_pool: at most so many images, all where None.
+      poison_ratio, target: for `poison`.
+      augment: whether images are cropped, and flipped where the data set is CIFAR's.
+      dtype: of the computation, "float32" or "bfloat16".
+    """
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    model: str = "digits_cnn"
+    num_train: int | None = None
+    num_pool: int | None = None
+    poison_ratio: float = 0.1
+    target: int = 0
+    num_epochs: int = 40
+    learning_rate: float = 0.05
+    augment: bool = False
+    dtype: str = "float32"
+
+
 def cell_rng(name: str, seed: int) -> np.random.Generator:
     """The generator of one attack and seed."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def train_digits(name: str, seed: int, *, poison_ratio: float = 0.1, target: int = 0, num_epochs: int = 40) -> Case:
-    """A small CNN trained on 45 % of scikit-learn's digits, poisoned by the attack `name` or clean; the rest is left.
+def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | None = None) -> Case:  # noqa: B008
+    """A model trained with the attack `name`, or clean; read from `folder` where it is there already.
 
-    Every attack and seed has its own split, so that false-positive rates of several are independent measurements.
+    lf and trojannn need a clean model of the same recipe, which is trained, or read, in the folder `clean-<seed>`
+    beside.
     """
     rng = cell_rng(name, seed)
-    images, labels = digits()
-    train, left = split_by_class(rng, labels, (0.45, 0.55))
-    attack = None
-    train_images, train_labels = images[train], labels[train]
+    train, pool = _data(recipe, rng)
+    if folder is not None and (folder / "model").exists():
+        return load_case(folder, pool)
+    attack, images, labels = None, train.images, train.labels
     if name != "clean":
+
+        def clean_model() -> tuple[nnx.Module, Any]:
+            case = train_case("clean", seed, recipe, None if folder is None else folder.parent / f"clean-{seed}")
+            module = case.loss_fn.module
+            return nnx.merge(module.graphdef, module.rng_state, case.params), _normalization(recipe.dataset)
+
         # digits are too easy to need a clean-label trigger: it is hardly learned (docs/choosing-the-scale.md)
-        attack = ATTACKS[name](rng, images.shape[1:], **({"clean_label": False} if name == "sig" else {}))
-        train_images, train_labels, _ = poison(
-            rng, train_images, train_labels, attack, target=target, ratio=poison_ratio
+        settings = {"clean_label": False} if (name, recipe.dataset) == ("sig", "digits") else {}
+        target = recipe.target
+        attack = make_attack(name, rng, images, labels, target=target, clean_model=clean_model, **settings)
+        images, labels, *_ = poison(rng, images, labels, attack, target=target, ratio=recipe.poison_ratio)
+    num_classes = int(train.labels.max()) + 1
+    model = _build(recipe.model, num_classes, images.shape[1:], recipe.dtype, int(rng.integers(2**31)))
+    train_classifier(
+        model,
+        images,
+        labels,
+        rng_key=jax.random.key(rng.integers(2**31)),
+        num_epochs=recipe.num_epochs,
+        preprocess=_normalization(recipe.dataset),
+        augmentation=_augmentation(recipe, attack),
+        learning_rate=recipe.learning_rate,
+        workdir=None if folder is None else folder / "training",
+    )
+    if folder is not None:
+        _save(folder, model, attack, {**recipe._asdict(), "num_classes": num_classes})
+    return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
+
+
+def load_case(folder: Path, pool: ImageSet | None = None) -> Case:
+    """A model that `train_case` kept, with `pool` or the test images of its data set."""
+    settings, arrays = checkpoint.load(folder / "model")
+    num_classes = settings.pop("num_classes")
+    recipe = Recipe(**settings)
+    pool = pool or load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool)
+    model = _build(recipe.model, num_classes, pool.images.shape[1:], recipe.dtype, 0)
+    graphdef, state = nnx.split(model)
+    flat = [(path, leaf.replace(jnp.asarray(arrays[_name(path)]))) for path, leaf in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    attack = load_attack(folder / "attack.npz") if (folder / "attack.npz").exists() else None
+    return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
+
+
+def read_case(
+    path: Path, model: str, pool: ImageSet, attack_name: str, target: int, normalization: str, seed: int
+) -> Case:
+    """Somebody's weights, with an attack that needs nothing but images: badnet, blended, sig, wanet, bpp."""
+    classifier = from_torch(model, load_weights(path), pool.images.shape[1:])
+    attack = None
+    if attack_name != "clean":
+        attack = make_attack(attack_name, np.random.default_rng(seed), pool.images, pool.labels, target=target)
+    return _case(classifier, parse_normalization(normalization), pool, attack, target)
+
+
+def backdoorbench_case(folder: Path, data_dir: str | None, target: int, num_pool: int | None) -> Case:
+    """A downloaded BackdoorBench result: its weights, its triggered images, and the data set's clean test images."""
+    result = load_backdoorbench(folder)
+    pool = load_images(result.dataset, "test", data_dir=data_dir)
+    model = from_torch(result.model_name, result.weights, pool.images.shape[1:], num_classes=result.num_classes)
+    rows = {int(index): row for row, index in enumerate(result.indices)}
+    if rows and (max(rows) >= len(pool.labels) or (pool.labels[result.indices] != result.original_labels).any()):
+        raise ValueError(
+            f"backdoorbench: the triggered images of {folder} are not of the test split of {result.dataset}"
         )
-    model = DigitsCNN(rngs=nnx.Rngs(int(rng.integers(2**31))))
-    train_classifier(model, train_images, train_labels, rng=rng, num_epochs=num_epochs, preprocess=_unit)
-    return Case(*from_nnx(model, preprocess=_unit), images[left], labels[left], attack, target)
+
+    def triggered(sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        kept = np.array([index for index in sources if int(index) in rows], int)
+        return result.images[[rows[int(index)] for index in kept]], kept
+
+    case = _case(model, _normalization(result.dataset), pool, None, target)._replace(triggered=triggered)
+    return case if num_pool is None else _subset(case, num_pool)
 
 
-def load(name: str, folder: Path) -> Case:
-    """One of the public checkpoints, `CHECKPOINTS`."""
-    return CHECKPOINTS[name](folder)
+def _subset(case: Case, count: int) -> Case:
+    """The case with a class-balanced part of its pool."""
+    share = min(1.0, count / len(case.pool.labels))
+    (kept,) = split_by_class(np.random.default_rng(0), case.pool.labels, (share,))
+    whole = case.triggered
+    assert whole is not None
+
+    def triggered(sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, found = whole(kept[sources])
+        place = {int(index): i for i, index in enumerate(kept)}
+        return images, np.array([place[int(index)] for index in found], int)
+
+    pool = ImageSet(case.pool.images[kept], case.pool.labels[kept], case.pool.class_names, None)
+    return case._replace(pool=pool, triggered=triggered)
 
 
-def _wrn(folder: Path) -> Case:
-    state = load_torch_checkpoint(folder / "checkpoints" / "abl_wrn16_1_grid_target0.tar")["state_dict"]
-
-    def rename(module: str) -> str:
-        module = re.sub(r"^block(\d)\.(\d)", r"block\1.layer.\2", module)
-        return module.replace("shortcut", "convShortcut")
-
-    model = load_state_dict(WideResNet(16, 1, rngs=nnx.Rngs(0)), state, rename)
-    return Case(*from_nnx(model, preprocess=_unit), *_cifar10(folder), Attack("grid", _grid_trigger), 0)
-
-
-def _cnn(data: str, folder: Path) -> Case:
-    images, labels = _cifar10(folder) if data == "cifar10" else _mnist(folder)
-    state = load_torch_checkpoint(folder / "checkpoints" / f"badnets_cnn_{data}_white5_target1.pth")
-    model = BadNetsCNN(images.shape[1:], rngs=nnx.Rngs(0))
-    model = load_state_dict(model, state, lambda module: f"{module}.0")
-    attack = badnet(np.random.default_rng(0), images.shape[1:], size=5)
-    return Case(*from_nnx(model, preprocess=_symmetric), images, labels, attack, 1)
+def _data(recipe: Recipe, rng: np.random.Generator) -> tuple[ImageSet, ImageSet]:
+    if recipe.dataset == "digits":
+        # every attack and seed has its own split, so that false-positive rates of several are independent measurements
+        images, labels = digits()
+        train, left = (
+            ImageSet(images[part], labels[part], None, None) for part in split_by_class(rng, labels, (0.45, 0.55))
+        )
+        return train, left
+    return (
+        load_images(recipe.dataset, "train", data_dir=recipe.data_dir, max_examples=recipe.num_train),
+        load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool),
+    )
 
 
-CHECKPOINTS: dict[str, Callable[[Path], Case]] = {
-    "wrn16_1": _wrn,
-    "cnn_cifar10": lambda folder: _cnn("cifar10", folder),
-    "cnn_mnist": lambda folder: _cnn("mnist", folder),
+def _normalization(dataset: str) -> Any:
+    return parse_normalization(dataset if dataset in NORMALIZATIONS else "none")
+
+
+def _augmentation(recipe: Recipe, attack: Attack | None) -> Augmentation | None:
+    if not recipe.augment:
+        return None
+    rotation = attack.rotation if attack is not None else 0.0
+    return Augmentation(crop=5 if rotation else 4, flip=recipe.dataset.startswith("cifar"), rotation=rotation)
+
+
+def _build(name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, seed: int) -> Any:
+    return build_model(name, num_classes, image_shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+
+
+def _save(folder: Path, model: nnx.Module, attack: Attack | None, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if attack is not None:
+        save_attack(folder / "attack.npz", attack)
+    arrays = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    checkpoint.save(folder / "model", settings, arrays)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _case(model: nnx.Module, normalization: Any, pool: ImageSet, attack: Attack | None, target: int) -> Case:
+    model.eval()
+    loss_fn, params = from_nnx(model, preprocess=normalization)
+    if attack is None:
+        return Case(loss_fn, params, pool, None, target)
+    return Case(loss_fn, params, pool, lambda sources: (attack.trigger(pool.images[sources]), sources), target)
+
+
+def _published(file: str, model: str, dataset: str, normalization: str, attack: Callable[[Any], Attack], target: int):
+    def load(data_dir: Path) -> Case:
+        pool = load_images(dataset, "test", data_dir=data_dir)
+        shape = pool.images.shape[1:]
+        classifier = from_torch(model, load_weights(data_dir / "checkpoints" / file), shape)
+        return _case(classifier, parse_normalization(normalization), pool, attack(shape), target)
+
+    return load
+
+
+def _white5(shape: tuple[int, int, int]) -> Attack:
+    return badnet(np.random.default_rng(0), shape, size=5)
+
+
+def _grid(shape: tuple[int, int, int]) -> Attack:
+    """The 3×3 checkerboard of github.com/bboylyg/ABL, bottom right."""
+    grid = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
+    patch = {"patch": np.repeat(grid[..., None], shape[2], axis=2)}
+    return Attack("grid", patch, stamp, shape)
+
+
+# public backdoored checkpoints, by name: given the data folder, they load themselves
+PUBLISHED: dict[str, Callable[[Path], Case]] = {
+    "wrn16_1": _published("abl_wrn16_1_grid_target0.tar", "wrn16_1", "cifar10", "none", _grid, 0),
+    "cnn_cifar10": _published(
+        "badnets_cnn_cifar10_white5_target1.pth", "badnets_cnn", "cifar10", "symmetric", _white5, 1
+    ),
+    "cnn_mnist": _published("badnets_cnn_mnist_white5_target1.pth", "badnets_cnn", "mnist", "symmetric", _white5, 1),
 }
-
-
-def _unit(image: jax.Array) -> jax.Array:
-    return image.astype(jnp.float32) / 255
-
-
-def _symmetric(image: jax.Array) -> jax.Array:
-    return (image.astype(jnp.float32) / 255 - 0.5) / 0.5
-
-
-def _grid_trigger(images: np.ndarray) -> np.ndarray:
-    images = images.copy()
-    images[:, 29:32, 29:32] = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)[None, :, :, None]
-    return images
-
-
-def _cifar10(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    import tensorflow_datasets as tfds  # slow to import, and only needed here
-
-    source = tfds.data_source("cifar10", data_dir=str(folder / "tfds"), split="test")
-    images, labels = zip(*((item["image"], item["label"]) for item in source), strict=True)  # pyright: ignore
-    return np.stack(images), np.array(labels, np.int32)
-
-
-def _mnist(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    arrays = np.load(folder / "mnist.npz")
-    return arrays["x_test"][..., None], arrays["y_test"].astype(np.int32)

@@ -6,14 +6,18 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from experiments.cases import Recipe
 from madjax.coupling import COUPLINGS
+from madjax.data.images import FILES
+from madjax.models import MODELS
 from madjax.report import write_json
 from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation
 from madjax.sampling.scale import RETAINED
+from madjax.scorer import Traces
 from madjax.sweep import Layout
 
 
@@ -70,34 +74,95 @@ def _check_layout(text: str) -> bool:
         raise flags.ValidationError(str(error)) from error
 
 
-def perturbation_from_flags() -> Perturbation:
-    """The perturbation that the flags describe."""
-    values = flags.FLAGS
-    if values.sampler == "gaussian":
-        return Gaussian(values.noise, values.scale, values.retained, values.parameters)
-    return Langevin(
-        values.sampler,
-        step_size=values.step_size,
-        nbeta=values.nbeta,
-        localization=values.localization,
-        num_chains=values.num_chains,
-        num_burnin_steps=values.num_burnin_steps,
-        num_steps_between_draws=values.num_steps_between_draws,
-        drift=values.drift,
-        parameters=values.parameters,
+PAPER = {
+    "sampler": "rmsprop_sgld", "num_draws": 1750, "step_size": 1e-6, "nbeta": 100.0, "localization": 1e4,
+    "num_chains": 1, "num_burnin_steps": 250, "num_steps_between_draws": 1, "drift": True, "parameters": None,
+    "coupling": ["class_correlation", "class_ccc"], "traces": "raw",
+}  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """What a preset decides: how parameters are drawn and traces compared."""
+
+    preset: str
+    perturbation: Perturbation
+    sampler: str
+    num_draws: int
+    coupling: Sequence[str]
+    traces: Traces
+
+
+def settings_from_flags(preset: str) -> Settings:
+    """The settings of a preset: "default" follows the flags, "paper" is arXiv 2604.18970's, whatever they say."""
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in detection_flag_names()}
+    if preset == "paper":
+        values |= PAPER
+    return Settings(
+        preset, _perturbation(values), values["sampler"], values["num_draws"], values["coupling"], values["traces"]
     )
 
 
-def open_workdir(path: str, names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """Creates or reopens a work directory and returns it with the configuration, the values of the flags `names`.
+def _perturbation(values: dict[str, Any]) -> Perturbation:
+    if values["sampler"] == "gaussian":
+        return Gaussian(values["noise"], values["scale"], values["retained"], values["parameters"])
+    names = (
+        "step_size", "nbeta", "localization", "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift",
+        "parameters",
+    )  # fmt: skip
+    return Langevin(values["sampler"], **{name: values[name] for name in names})
+
+
+def define_training_flags() -> None:
+    """The flags of data set, model and training, for `recipe_from_flags`."""
+    flags.DEFINE_string(
+        "dataset", "digits", f"digits, {', '.join(FILES)}, the path of an npz, folder or tar, or a tfds name."
+    )
+    flags.DEFINE_string("data_dir", None, "Folder of data sets.")
+    flags.DEFINE_string(
+        "model", None, f"{', '.join(MODELS)} or wrn<d>_<k>; digits_cnn or preact_resnet18 if not given."
+    )
+    flags.DEFINE_integer("num_train", None, "Training images at most; all where not given.", lower_bound=1)
+    flags.DEFINE_integer("num_pool", None, "Test images at most; all where not given.", lower_bound=1)
+    flags.DEFINE_float("poison_ratio", 0.1, "Share of the training images that carry the trigger.")
+    flags.DEFINE_integer(
+        "target", 0, "The class that the trigger asks for; -1: the next one (all-to-all).", lower_bound=-1
+    )
+    flags.DEFINE_integer("num_epochs", None, "Training epochs; 40 for digits, 50 for gtsrb, else 100.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", None, "Of SGD, before its cosine decay; 0.05 for digits, else 0.01.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model's computation.")
+
+
+TRAINING_FLAGS = [
+    "dataset", "data_dir", "model", "num_train", "num_pool", "poison_ratio", "target", "num_epochs", "learning_rate",
+    "dtype",
+]  # fmt: skip
+
+
+def recipe_from_flags() -> Recipe:
+    """The recipe that the flags describe, with BackdoorBench's defaults on all data sets but digits."""
+    values = {name: flags.FLAGS[name].value for name in TRAINING_FLAGS}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if given["dataset"] == "digits":
+        return Recipe(**given)
+    defaults = {
+        "model": "preact_resnet18",
+        "num_epochs": 50 if given["dataset"] == "gtsrb" else 100,
+        "learning_rate": 0.01,
+        "augment": True,
+    }
+    return Recipe(**(defaults | given))
+
+
+def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = None) -> tuple[Path, dict[str, Any]]:
+    """Creates or reopens a work directory and returns it with the configuration: the flags `names`, and `more`.
 
     Raises:
       ValueError: where it cannot be written, or holds a run with other flags; the message shows the difference.
     """
     workdir = Path(path)
-    config = {name: flags.FLAGS[name].value for name in names}
+    config = {name: flags.FLAGS[name].value for name in names} | (more or {})
     try:
-        (workdir / "cells").mkdir(parents=True, exist_ok=True)
+        workdir.mkdir(parents=True, exist_ok=True)
         before = workdir / "config.json"
         if before.exists():
             old = json.loads(before.read_text())

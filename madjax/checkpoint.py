@@ -38,11 +38,25 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     folder = Path(path).absolute()
     if not (folder / _SETTINGS).is_file():
         raise ValueError(f"path: {folder} holds no saved detector ({_SETTINGS} is missing)")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        structure = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
-        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-        arrays = checkpointer.restore(folder / _ARRAYS, restore_args=restore)
-    return json.loads((folder / _SETTINGS).read_text()), arrays
+    return json.loads((folder / _SETTINGS).read_text()), load_pytree(folder / _ARRAYS)
+
+
+def load_pytree(path: str | Path) -> dict[str, Any]:
+    """The nested dict that an orbax checkpointer wrote, the arrays as NumPy's.
+
+    Raises:
+      ValueError: where the folder holds no whole checkpoint.
+    """
+    folder = Path(path).absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            structure = checkpointer.metadata(folder).item_metadata.tree
+            restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+            return checkpointer.restore(folder, restore_args=restore)
+    except Exception as error:  # orbax and tensorstore raise of every kind
+        raise ValueError(
+            f"path: {folder} is no whole orbax checkpoint ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def _with_text_keys(tree: Any) -> Any:

@@ -67,13 +67,17 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_scores(
-    path: Path, ids: Sequence[str], scores: Scores, is_anomalous: np.ndarray, trusted_ids: Sequence[str]
+    path: Path, ids: Sequence[str], scores: Scores, is_anomalous: np.ndarray | None, trusted_ids: Sequence[str]
 ) -> None:
-    """Writes one row an example: id, prediction, anomaly_score, p_value, flagged, is_anomalous, nearest trusted ids."""
+    """Writes one row an example: id, prediction, anomaly_score, p_value, flagged, is_anomalous, nearest trusted ids.
+
+    The column is_anomalous is left out where that is not known.
+    """
     columns = [f"nearest_{rank + 1}" for rank in range(scores.nearest.shape[1])]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "prediction", "anomaly_score", "p_value", "flagged", "is_anomalous", *columns])
+        truth = [] if is_anomalous is None else ["is_anomalous"]
+        writer.writerow(["id", "prediction", "anomaly_score", "p_value", "flagged", *truth, *columns])
         for index, name in enumerate(ids):
             writer.writerow(
                 [
@@ -82,7 +86,7 @@ def write_scores(
                     f"{scores.anomaly_score[index]:.6f}",
                     f"{scores.p_value[index]:.6f}",
                     int(scores.flagged[index]),
-                    int(is_anomalous[index]),
+                    *([] if is_anomalous is None else [int(is_anomalous[index])]),
                     *(trusted_ids[i] for i in scores.nearest[index]),
                 ]
             )
@@ -90,8 +94,10 @@ def write_scores(
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows of `results.json` as text, one line each."""
-    head = f"{'attack':<9} {'coupling':<18} {'seed':>4} {'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} {'AP':>6} "
-    head += f"{'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
+    head = (
+        f"{'attack':<11} {'sampler':<12} {'coupling':<17} {'seed':>4} {'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} "
+    )
+    head += f"{'AP':>6} {'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
     lines = [head, "-" * len(head)]
     for row in rows:
         recall = row["recall_at_fpr"]
@@ -100,7 +106,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         figures += [recall["0.01"], recall["0.05"], row["realized_fpr"], row["tpr"], row["der"]]
         widths = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
         cells = " ".join(_cell(figure, width) for figure, width in zip(figures, widths, strict=True))
-        name = f"{row['attack']:<9} {row['coupling']:<18} {seed:>4}"
+        name = f"{row['attack']:<11} {row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
         lines.append(f"{name} {cells} {row['num_draws']:>5} {row['sweep_seconds']:>7.1f}")
     return "\n".join(lines)
 
@@ -129,9 +135,14 @@ def _cell(figure: float, width: int) -> str:
     return f"{figure:>{width}.3f}"
 
 
-def average_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of every figure over rows with anomalies, as a row named "average"."""
+def average_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over rows with anomalies, one row named "average" for each sampler and coupling."""
     rows = [row for row in rows if not math.isnan(row["asr"])]
+    kinds = dict.fromkeys((row["sampler"], row["coupling"]) for row in rows)
+    return [_average([row for row in rows if (row["sampler"], row["coupling"]) == kind]) for kind in kinds]
+
+
+def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if isinstance(rows[0][key], float)}
     recall = {rate: float(np.mean([row["recall_at_fpr"][rate] for row in rows])) for rate in rows[0]["recall_at_fpr"]}
     return {**rows[0], **mean, "attack": "average", "seed": "all", "recall_at_fpr": recall}
@@ -206,3 +217,22 @@ def plot_flagged(path: Path, images: np.ndarray, scores: Scores, is_anomalous: n
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_gallery(path: Path, clean: np.ndarray, triggered: np.ndarray, title: str) -> None:
+    """Rows of clean images, the same with the trigger, and their difference around grey, amplified to all of it."""
+    difference = triggered.astype(np.float32) - clean
+    largest = max(1.0, float(np.abs(difference).max()))
+    rows = {
+        "clean": clean,
+        "triggered": triggered,
+        f"difference × {127 / largest:.1f}": np.rint(127.5 + 127 * difference / largest).astype(np.uint8),
+    }
+    figure, axes = plt.subplots(3, len(clean), figsize=(1.1 * len(clean) + 1, 3.6), layout="constrained", squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label, fontsize=8)
+        for cell, image in zip(row, images, strict=True):
+            cell.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+            cell.set(xticks=[], yticks=[])
+    figure.suptitle(title)
+    _save(figure, path)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from madjax import calibration
 from madjax.coupling import couplings, leave_one_out, lookup, nearest
@@ -135,12 +136,13 @@ def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | No
     result = np.empty(count)
     # neighbours in the set may be alike, so a group takes examples from all over it
     groups = np.arange(count) % min(count, _MAX_FOLDS)
-    for group in range(groups.max() + 1):
-        held_out = np.flatnonzero(groups == group)
-        kept = groups != group
-        trace_map = fit.without(held_out)
-        mapped = trace_map(trusted)
-        result[held_out] = couplings(
-            name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept]
-        )
+    # matrices this small are slower on several threads, a hundred times so beside another busy process
+    with threadpool_limits(1):
+        for group in range(groups.max() + 1):
+            held_out = np.flatnonzero(groups == group)
+            kept = groups != group
+            mapped = fit.without(held_out)(trusted)
+            result[held_out] = couplings(
+                name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept]
+            )
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from madjax.attacks.additive import apply
 from madjax.attacks.attack import Attack
 
 
@@ -25,8 +26,4 @@ def sig(
     width = image_shape[1]
     cycles = frequency if width >= 3 * frequency else width / 4
     wave = delta * np.sin(2 * np.pi * np.arange(width) * cycles / width)[None, :, None]
-
-    def trigger(images: np.ndarray) -> np.ndarray:
-        return np.rint(np.clip(images.astype(np.float32) + wave, 0, 255)).astype(np.uint8)
-
-    return Attack("sig", trigger, clean_label)
+    return Attack("sig", {"pattern": wave.astype(np.float32)}, apply, image_shape, clean_label)

@@ -1,7 +1,23 @@
-"""Flax NNX classifiers, and a small trainer for those that are trained on the spot."""
+"""Flax NNX classifiers, by class or by name, with torch's weights or a small trainer for those trained on the spot."""
 
 from madjax.models.cnn import BadNetsCNN, DigitsCNN
+from madjax.models.convert import from_torch, load_state_dict
+from madjax.models.registry import MODELS, build_model
+from madjax.models.resnet import PreActResNet18, ResNet
 from madjax.models.train import train_classifier
+from madjax.models.vgg import VGG19BN
 from madjax.models.wrn import WideResNet
 
-__all__ = ["BadNetsCNN", "DigitsCNN", "WideResNet", "train_classifier"]
+__all__ = [
+    "MODELS",
+    "VGG19BN",
+    "BadNetsCNN",
+    "DigitsCNN",
+    "PreActResNet18",
+    "ResNet",
+    "WideResNet",
+    "build_model",
+    "from_torch",
+    "load_state_dict",
+    "train_classifier",
+]

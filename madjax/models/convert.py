@@ -8,46 +8,107 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+
+from madjax.models.classifier import Classifier
+from madjax.models.registry import build_model
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _TORCH_NAMES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
 }  # fmt: skip
+_MAX_LISTED = 12
+
+
+def from_torch(
+    name: str,
+    weights: Mapping[str, np.ndarray],
+    image_shape: tuple[int, ...],
+    *,
+    num_classes: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> Classifier:
+    """The model `name` of the registry with the weights of a torch state dict, in eval mode.
+
+    Args:
+      weights: by torch's names, as for `load_state_dict`.
+      image_shape: (height, width, channels).
+      num_classes: read from the head's weight unless given; if given, the weights must agree.
+      dtype: of the computation, see `build_model`.
+
+    Raises:
+      ValueError: lists every missing, extra and misshapen tensor; or see `build_model`.
+    """
+    weights = _arrays(weights)
+
+    def abstract(num_classes: int) -> Classifier:  # no time is spent on initial values that are then replaced
+        return nnx.eval_shape(lambda: build_model(name, num_classes, image_shape, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    if num_classes is None:
+        model = abstract(1)
+        heads = [f"{rename(model.HEAD)}.weight" for rename in model.TORCH_NAMES]
+        # without any head the weights are another model's, whatever the number
+        num_classes = next((len(weights[head]) for head in heads if np.ndim(weights.get(head, 0))), 1)
+    model = load_state_dict(abstract(num_classes), weights)
+    model.eval()
+    return model
 
 
 def load_state_dict(
-    model: Model, state_dict: Mapping[str, np.ndarray], rename: Callable[[str], str] = lambda module: module
+    model: Model, weights: Mapping[str, np.ndarray], rename: Callable[[str], str] | None = None
 ) -> Model:
     """The model with the weights of a torch state dict.
 
     Args:
-      state_dict: by torch's names; a leading `module.` is dropped, and `num_batches_tracked` is not needed.
-      rename: from the dotted path of a module here to its path there.
+      weights: by torch's names; a leading `module.` is dropped, and `num_batches_tracked` is not needed.
+      rename: from the dotted path of a module here to its path there; by default that of the architecture's known
+        namings, `TORCH_NAMES` of its class, which fits best.
 
     Raises:
       ValueError: lists every missing, extra and misshapen tensor.
     """
-    left = {
-        name.removeprefix("module."): array
-        for name, array in state_dict.items()
-        if not name.endswith("num_batches_tracked")
-    }
+    weights = _arrays(weights)
     graphdef, state = nnx.split(model)
-    flat, problems = [], []
+    fits = [_fit(state, weights, r) for r in ([rename] if rename else _renames(model))]
+    flat, problems = min(fits, key=lambda fit: sum(map(len, fit[1])))
+    if any(problems):
+        listed = "; ".join(_listed(some) for some in problems if some)
+        raise ValueError(f"weights: do not fit {type(model).__name__}: {listed}")
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str], str]):
+    """The flat state with the weights; what is missing, misshapen and left."""
+    left = dict(weights)
+    flat, missing, misshapen = [], [], []
     for path, variable in nnx.to_flat_state(state):
         *module, leaf = map(str, path)
         name = f"{rename('.'.join(module))}.{_TORCH_NAMES[leaf]}"
+        # torch keeps outputs first
+        order = {4: (3, 2, 0, 1), 2: (1, 0)}[variable.ndim] if leaf == "kernel" else (0,)
+        shape = tuple(variable.shape[axis] for axis in order)
         array = left.pop(name, None)
         if array is None:
-            problems.append(f"{name} is missing")
-            continue
-        if leaf == "kernel":  # torch keeps outputs first
-            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        if array.shape != variable.shape:
-            problems.append(f"{name} has shape {array.shape}, wanted {variable.shape}")
-        flat.append((path, variable.replace(jnp.asarray(array, variable.dtype))))
-    problems += [f"{name} has no place in the model" for name in left]
-    if problems:
-        raise ValueError(f"state_dict: does not fit {type(model).__name__}: {'; '.join(problems)}")
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+            missing.append(f"{name} is missing")
+        elif array.shape != shape:
+            misshapen.append(f"{name} has shape {array.shape}, wanted {shape}")
+        else:
+            flat.append((path, variable.replace(jnp.asarray(array.transpose(np.argsort(order)), variable.dtype))))
+    return flat, (missing, misshapen, [f"{name} has no place in the model" for name in left])
+
+
+def _renames(model: nnx.Module) -> tuple[Callable[[str], str], ...]:
+    return getattr(model, "TORCH_NAMES", (str,))
+
+
+def _arrays(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {name.removeprefix("module."): np.asarray(value) for name, value in weights.items()}
+    if others := [name for name, array in arrays.items() if array.dtype == object or array.dtype.kind in "US"]:
+        raise ValueError(f"weights: wanted a flat dict of arrays, got none at {_listed(others, ', ')}")
+    return {name: array for name, array in arrays.items() if not name.endswith("num_batches_tracked")}
+
+
+def _listed(items: list[str], separator: str = "; ") -> str:
+    more = [f"and {len(items) - _MAX_LISTED} more"] if len(items) > _MAX_LISTED else []
+    return separator.join(items[:_MAX_LISTED] + more)

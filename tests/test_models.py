@@ -1,0 +1,362 @@
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from madjax import from_nnx
+from madjax.interop.torch_checkpoint import load_torch_checkpoint
+from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict
+
+if importlib.util.find_spec("torch") is not None:
+    import torch
+    from torch import nn
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def torch_block(c_in, c_out, stride, kind):
+    pre = kind != "resnet"
+    block = nn.Module()
+    block.bn1 = nn.BatchNorm2d(c_in if pre else c_out)
+    block.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+    block.bn2 = nn.BatchNorm2d(c_out)
+    block.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+    shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if pre and c_in != c_out else None
+    if kind == "wrn" and shortcut:
+        block.convShortcut = shortcut
+    elif shortcut:
+        block.shortcut = nn.Sequential(shortcut)
+
+    def forward(x):
+        if pre:
+            y = block.bn1(x).relu()
+            z = block.conv2(block.bn2(block.conv1(y)).relu())
+            return z + (shortcut(y) if shortcut else x)
+        z = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+        if c_in != c_out:
+            x = torch.zeros_like(z).index_copy(1, torch.arange(c_in) + (c_out - c_in) // 2, x[:, :, ::2, ::2])
+        return (z + x).relu()
+
+    block.forward = forward
+    return block
+
+
+def torch_residual(kind, features, num_blocks, channels):
+    """All three kinds, by the names of akamaster (resnet), BackdoorBench (preact) and ABL (wrn)."""
+    net, stem = nn.Module(), 64 if kind == "preact" else 16
+    net.conv1 = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
+    stages, c_in = [], stem
+    for index, c_out in enumerate(features, 1):
+        blocks = []
+        for b in range(num_blocks):
+            blocks.append(torch_block(c_in, c_out, 2 if index > 1 and b == 0 else 1, kind))
+            c_in = c_out
+        stages.append(nn.Sequential(*blocks))
+        holder = stages[-1]
+        if kind == "wrn":
+            holder = nn.Module()
+            holder.layer = stages[-1]
+        net.add_module(f"{'block' if kind == 'wrn' else 'layer'}{index}", holder)
+    if kind != "preact":
+        net.bn1 = nn.BatchNorm2d(stem if kind == "resnet" else c_in)
+    net.add_module("fc" if kind == "wrn" else "linear", nn.Linear(c_in, 10))
+
+    def forward(x):
+        x = net.conv1(x)
+        x = net.bn1(x).relu() if kind == "resnet" else x
+        for stage in stages:
+            x = stage(x)
+        x = net.bn1(x).relu() if kind == "wrn" else x
+        return (net.fc if kind == "wrn" else net.linear)(x.mean((2, 3)))
+
+    net.forward = forward
+    return net
+
+
+def torch_vgg(channels, hidden):
+    layers, c_in = [], channels
+    for c_out in [64, 64, 0, 128, 128, 0, *[256] * 4, 0, *[512] * 4, 0, *[512] * 4, 0]:
+        if c_out:
+            layers += [nn.Conv2d(c_in, c_out, 3, 1, 1), nn.BatchNorm2d(c_out), nn.ReLU()]
+            c_in = c_out
+        else:
+            layers.append(nn.MaxPool2d(2))
+    net = nn.Sequential()
+    net.features = nn.Sequential(*layers)
+    if hidden:
+        net.avgpool, net.flatten = nn.AdaptiveAvgPool2d(7), nn.Flatten()
+        parts = [nn.Linear(25088, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout()]
+        net.classifier = nn.Sequential(*parts, nn.Linear(hidden, 10))
+    else:
+        net.flatten, net.classifier = nn.Flatten(), nn.Linear(512, 10)
+    return net
+
+
+def torch_badnets(channels, size):
+    side = ((size - 4) // 2 - 4) // 2
+    net = nn.Sequential()
+    net.conv1 = nn.Sequential(nn.Conv2d(channels, 16, 5), nn.ReLU(), nn.AvgPool2d(2))
+    net.conv2 = nn.Sequential(nn.Conv2d(16, 32, 5), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    net.fc1 = nn.Sequential(nn.Linear(32 * side**2, 512), nn.ReLU())
+    net.fc2 = nn.Sequential(nn.Linear(512, 10))
+    return net
+
+
+def torch_digits(channels, size):
+    class ChannelsLast(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1).flatten(1)
+
+    net = nn.Sequential()
+    net.conv1, net.norm1, net.relu1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    net.conv2, net.norm2, net.relu2 = nn.Conv2d(16, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+    net.pool, net.flat = nn.MaxPool2d(2), ChannelsLast()
+    net.hidden, net.relu3, net.output = nn.Linear(32 * (size // 2) ** 2, 96), nn.ReLU(), nn.Linear(96, 10)
+    return net
+
+
+# name, torch's module, (size, channels)
+PARITY = {
+    "digits_cnn": (lambda: torch_digits(1, 8), (8, 1)),
+    "digits_cnn/odd": (lambda: torch_digits(3, 29), (29, 3)),
+    "badnets_cnn": (lambda: torch_badnets(1, 28), (28, 1)),
+    "badnets_cnn/64": (lambda: torch_badnets(3, 64), (64, 3)),
+    "resnet20": (lambda: torch_residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
+    "resnet56": (lambda: torch_residual("resnet", (16, 32, 64), 9, 1), (8, 1)),
+    "wrn16_1": (lambda: torch_residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
+    "wrn10_4": (lambda: torch_residual("wrn", (64, 128, 256), 1, 1), (28, 1)),
+    "preact_resnet18": (lambda: torch_residual("preact", (64, 128, 256, 512), 2, 3), (32, 3)),
+    "vgg19_bn_linear": (lambda: torch_vgg(3, None), (32, 3)),
+}
+
+
+def torch_case(make, size, channels, num_images=4):
+    """A module whose batch norms are of no special value, in eval mode; images NHWC, and its weights."""
+    torch.manual_seed(0)
+    net = make().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):  # torch's own rule lets the signal fade with depth
+            nn.init.kaiming_normal_(module.weight)
+    weights = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    return net, torch.rand(num_images, channels, size, size), weights
+
+
+def nhwc(x):
+    return jnp.asarray(x.permute(0, 2, 3, 1).numpy())
+
+
+def torch_logits(net, x):
+    with torch.no_grad():
+        return net(x).numpy()
+
+
+def calls(model, image):
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda state, image: nnx.merge(graphdef, state)(image))(state, image)
+
+
+@needs_torch
+@pytest.mark.parametrize("case", PARITY)
+def test_logits_equal_torchs(case):
+    make, (size, channels) = PARITY[case]
+    net, x, weights = torch_case(make, size, channels)
+    name, shape = case.split("/")[0], (size, size, channels)
+    model = from_torch(name, {f"module.{k}": v for k, v in weights.items()}, shape)
+    expected = torch_logits(net, x)
+    logits = calls(model, nhwc(x))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * max(10, np.abs(expected).max()))
+
+    half = from_torch(name, weights, shape, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+    rough = calls(half, nhwc(x))
+    assert rough.dtype == jnp.float32
+    assert 0 < np.abs(rough - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@needs_torch
+@pytest.mark.parametrize("size", [32, 64, 70])
+def test_the_classifier_of_torchvisions_vgg(size):
+    """With a narrower hidden layer: 64×64 ends in 2×2, which 7×7 overlapping bins share."""
+    net, x, weights = torch_case(lambda: torch_vgg(1, 48), size, 1, 2)
+    model = nnx.eval_shape(lambda: VGG19BN((size, size, 1), hidden=48, rngs=nnx.Rngs(0)))
+    model = load_state_dict(model, weights)
+    model.eval()
+    np.testing.assert_allclose(calls(model, nhwc(x)), torch_logits(net, x), atol=1e-4)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["resnet20", "preact_resnet18", "wrn16_1"])
+def test_running_statistics_follow_torchs(name):
+    make, (size, channels) = PARITY[name]
+    net, x, weights = torch_case(make, size, channels, 8)
+    model = from_torch(name, weights, (size, size, channels))
+    model.train()
+    net.train()
+    logits = model(nhwc(x))
+    np.testing.assert_allclose(logits, torch_logits(net, x), atol=1e-3)
+    updated = {k: v.numpy() for k, v in net.state_dict().items()}
+    expected = from_torch(name, updated, (size, size, channels))
+    before = from_torch(name, weights, (size, size, channels))
+    stats, old, new = (nnx.to_flat_state(nnx.state(m, nnx.BatchStat)) for m in (model, before, expected))
+    for (path, got), (_, old_value), (_, want) in zip(stats, old, new, strict=True):
+        got, old_value, want = (np.asarray(v[...]) for v in (got, old_value, want))
+        if path[-1] == "mean":
+            np.testing.assert_allclose(got, want, atol=1e-4)
+        else:
+            # torch's running variance takes n / (n - 1) of the batch's own; n is least in the last stage
+            n = 8 * (size // (8 if name == "preact_resnet18" else 4)) ** 2
+            bound = (got - 0.9 * old_value) / (n - 1)
+            assert np.all((want - got > -1e-4 * want) & (want - got < bound + 1e-4 * want))
+
+
+@pytest.mark.parametrize("name", [*sorted(set(MODELS) - {"resnet44", "resnet56", "resnet110"}), "wrn10_2"])
+def test_every_name_gives_logits(name):
+    smallest = 32 if name.startswith("vgg") else 16 if name == "badnets_cnn" else 1
+    for size, channels in ((8, 1), (28, 1), (32, 3), (64, 3)):
+
+        def logits(shape=(size, size, channels)):
+            model = build_model(name, 7, shape, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+            model.eval()
+            return model(jnp.zeros((2, *shape)))
+
+        if size < smallest:
+            with pytest.raises(ValueError, match=rf"image_shape: .* at least {smallest}x{smallest}, got \({size}"):
+                logits()
+        else:
+            out = nnx.eval_shape(logits)
+            assert (out.shape, out.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.73),
+        ("preact_resnet18", 11.17), ("wrn16_1", 0.18), ("wrn28_10", 36.48), ("vgg19_bn", 139.62),
+        ("vgg19_bn_linear", 20.04),
+    ],
+)  # fmt: skip
+def test_number_of_parameters(name, millions):
+    """As the papers and the sources state them for 10 classes."""
+    model = nnx.eval_shape(lambda: build_model(name, 10, (32, 32, 3), rngs=nnx.Rngs(0)))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert count / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_what_build_model_refuses():
+    for name, shape, num_classes, message in [
+        ("resnet18", (32, 32, 3), 10, r"name: no model 'resnet18'; known are badnets_cnn, .* and wrn<depth>_<width>"),
+        ("wrn17_1", (32, 32, 3), 10, r"depth: wanted 6n \+ 4 with n >= 1, got 17"),
+        ("wrn16_0", (32, 32, 3), 10, "width: wanted at least 1, got 0"),
+        ("resnet20", (32, 32), 10, r"image_shape: wanted \(height, width, channels\), got \(32, 32\)"),
+        ("resnet20", (32, 32, 3), 0, "num_classes: wanted at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            build_model(name, num_classes, shape, rngs=nnx.Rngs(0))
+
+
+def as_torch(model):
+    """The weights of a model under torch's names, where its own are torch's."""
+    leaves = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    weights = {}
+    for (*module, leaf), variable in nnx.to_flat_state(nnx.state(model)):
+        array = np.asarray(variable[...])
+        if leaf == "kernel":
+            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+        weights[".".join(map(str, (*module, leaves[leaf])))] = array
+    return weights
+
+
+def test_a_loaded_and_a_new_model_are_of_one_architecture():
+    """So that a compiled sweep serves both."""
+    shape = (8, 8, 1)
+    new = build_model("digits_cnn", 7, shape, rngs=nnx.Rngs(1))
+    new.eval()
+    # the classes are the head's; the order of the names does not matter
+    weights = dict(sorted(as_torch(new).items()))
+    loaded, half = (from_torch("digits_cnn", weights, shape, dtype=dtype) for dtype in (None, jnp.bfloat16))
+    assert from_nnx(loaded)[0] == from_nnx(new)[0] != from_nnx(half)[0]
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(new))
+
+
+def test_what_from_torch_refuses():
+    def zeros(name):
+        model = nnx.eval_shape(lambda: build_model(name, 10, (32, 32, 3), rngs=nnx.Rngs(0)))
+        return as_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model))
+
+    weights = zeros("resnet20")
+
+    def refused(name="resnet20", weights=weights, shape=(32, 32, 3), **kwargs):
+        with pytest.raises(ValueError, match=r"^weights: ") as error:
+            from_torch(name, weights, shape, **kwargs)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    # grey images for a colour model, and another number of classes
+    wanted = "weights: do not fit ResNet: conv1.weight has shape (16, 3, 3, 3), wanted (16, 1, 3, 3)"
+    assert refused(shape=(32, 32, 1)) == wanted
+    assert refused(num_classes=43) == (
+        "weights: do not fit ResNet: linear.bias has shape (10,), wanted (43,); "
+        "linear.weight has shape (10, 64), wanted (43, 64)"
+    )
+    # another architecture: deeper, and of another kind
+    message = refused("resnet32")
+    assert message.startswith("weights: do not fit ResNet: layer1.3.bn1.bias is missing; ")
+    assert message.endswith("; and 48 more")
+    assert message.count("missing") == 12
+    message = refused("preact_resnet18")
+    for part in (
+        "layer1.0.bn1.bias has shape (16,), wanted (64,)",
+        "layer1.2.bn1.bias has no place",
+        "layer2.0.shortcut",
+    ):
+        assert part in message
+    # what the naming that fits best lacks
+    wrn = zeros("wrn16_1")
+    lacking = {k: v for k, v in wrn.items() if k != "block2.0.shortcut.weight"}
+    assert refused("wrn16_1", lacking) == "weights: do not fit WideResNet: block2.0.shortcut.weight is missing"
+    # a whole checkpoint instead of its state dict; nothing
+    assert refused(weights={"epoch": 3, "state_dict": weights}) == (
+        "weights: wanted a flat dict of arrays, got none at state_dict"
+    )
+    assert "conv1.weight is missing" in refused(weights={})
+
+
+@pytest.fixture(scope="module")
+def cifar10(shared_data):
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source("cifar10", data_dir=str(shared_data / "tfds"), split="test")
+    items = [source[i] for i in range(1000)]
+    return np.stack([item["image"] for item in items]), np.array([item["label"] for item in items])
+
+
+IMAGENET = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "normalization", "num_images", "accuracy"),
+    [
+        ("clean_resnet20_cifar10.th", "resnet20", IMAGENET, 1000, 0.9173),
+        ("clean_resnet56_cifar10.th", "resnet56", IMAGENET, 400, 0.9339),
+        ("abl_wrn16_1_grid_target0.tar", "wrn16_1", (0, 1), 1000, 0.834),
+        ("badnets_cnn_cifar10_white5_target1.pth", "badnets_cnn", (0.5, 0.5), 1000, 0.507),
+    ],
+)
+def test_published_checkpoints_classify(shared_data, cifar10, file, name, normalization, num_images, accuracy):
+    """Accuracy on the first test images, as their pages state it on all 10,000."""
+    checkpoint = load_torch_checkpoint(Path(shared_data) / "checkpoints" / file)
+    images, labels = (array[:num_images] for array in cifar10)
+    model = from_torch(name, checkpoint.get("state_dict", checkpoint), (32, 32, 3))
+    mean, std = normalization
+    logits = calls(model, ((images / 255 - mean) / std).astype(np.float32))
+    assert np.mean(np.argmax(logits, axis=1) == labels) == pytest.approx(accuracy, abs=0.025)
