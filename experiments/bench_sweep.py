@@ -15,19 +15,19 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
 
 from experiments import common
 from madjax import from_nnx
-from madjax.models import BadNetsCNN, DigitsCNN, WideResNet
+from madjax.models import MODELS, build_model
 from madjax.sampling import gaussian
 from madjax.sweep import loss_matrix
 
-_SHAPES = {"digits_cnn": (8, 8, 1), "badnets_cnn": (32, 32, 3), "wrn16_1": (32, 32, 3)}
-
-flags.DEFINE_enum("model", "digits_cnn", list(_SHAPES), "Network; its weights do not matter to the time.")
+flags.DEFINE_string("model", "digits_cnn", f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model's computation.")
 flags.DEFINE_integer("num_examples", 1024, "Examples.", lower_bound=1)
 flags.DEFINE_integer("num_draws", 32, "Draws of one turn.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass.", lower_bound=1)
@@ -38,13 +38,9 @@ flags.DEFINE_list("layouts", ["host", "scan8", "vmap2", "vmap4", "vmap8"], "Layo
 def main() -> None:
     """Times all layouts."""
     values = flags.FLAGS
-    rngs, shape = nnx.Rngs(0), _SHAPES[values.model]
-    networks = {
-        "digits_cnn": lambda: DigitsCNN(rngs=rngs),
-        "badnets_cnn": lambda: BadNetsCNN(shape, rngs=rngs),
-        "wrn16_1": lambda: WideResNet(16, 1, rngs=rngs),
-    }
-    loss_fn, params = from_nnx(networks[values.model](), preprocess=lambda image: image.astype("float32") / 255)
+    shape = (8, 8, 1) if values.model == "digits_cnn" else (32, 32, 3)
+    model = build_model(values.model, 10, shape, dtype=jnp.dtype(values.dtype), rngs=nnx.Rngs(0))
+    loss_fn, params = from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
     rng = np.random.default_rng(0)
     examples = {
         "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
@@ -82,6 +78,7 @@ def main() -> None:
             {
                 "device": f"{len(jax.devices())} x {device.device_kind}",
                 "model": values.model,
+                "dtype": values.dtype,
                 "num_draws": values.num_draws,
                 "num_examples": values.num_examples,
                 "layouts": results,

@@ -129,12 +129,15 @@ def define_training_flags() -> None:
     )
     flags.DEFINE_integer("num_epochs", None, "Training epochs; 40 for digits, 50 for gtsrb, else 100.", lower_bound=1)
     flags.DEFINE_float("learning_rate", None, "Of SGD, before its cosine decay; 0.05 for digits, else 0.01.")
+    flags.DEFINE_bool(
+        "augment", None, "Random crops, and flips where the data are CIFAR's; not for digits if not given."
+    )
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model's computation.")
 
 
 TRAINING_FLAGS = [
     "dataset", "data_dir", "model", "num_train", "num_pool", "poison_ratio", "target", "num_epochs", "learning_rate",
-    "dtype",
+    "augment", "dtype",
 ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     for name in ("checkpoint", "trusted", "test"):
         if not values[name].value:
             raise ValueError(f"{name}: wanted a path, got none")
-    if (values.architecture is None) == (values.loss_fn is None):
+    if bool(values.architecture) == bool(values.loss_fn):
         raise ValueError("architecture: wanted it or loss_fn, one of the two")
     trusted, test = (_read(name, values[name].value) for name in ("trusted", "test"))
     loss_fn, params = _model(trusted["image"].shape[1:])

@@ -7,14 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
 
 
-def run(module, *flags, expect=0):
+def run(module, *flags, expect=0, paper=None):
+    """Runs a driver; `paper` shortens the paper's preset, which would take an hour."""
     command = [sys.executable, "-m", f"experiments.{module}", *flags]
+    if paper is not None:
+        code = f"import runpy; from experiments import common; common.PAPER.update({paper}); "
+        code += f"runpy.run_module('experiments.{module}', run_name='__main__')"
+        command = [sys.executable, "-c", code, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"})
     assert done.returncode == expect, done.stderr[-3000:]
     return done
@@ -49,8 +56,9 @@ def test_backdoor_writes_what_it_says(finished):
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
     for name in ("histogram", "roc", "couplings", "flagged"):
         assert (workdir / "cells" / "badnet-0" / f"{name}.png").stat().st_size > 5000
-    assert "badnet    topk_ccc" in done.stdout
+    assert "badnet      gaussian     topk_ccc" in done.stdout
     assert "average" in done.stdout
+    assert "5.00% wanted" in done.stdout
 
 
 def test_backdoor_resumes_and_refuses_other_flags(finished):
@@ -78,10 +86,14 @@ def test_backdoor_with_chains(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--attack=badnets"], "wanted some of badnet, blended, sig, clean, got 'badnets'"),
+        (["--attack=badnets"], "bpp, clean, got 'badnets'"),
         (["--coupling=cosine"], "wanted some of mean_correlation, class_correlation"),
         (["--sampler=hmc"], "gaussian|rmsprop_sgld|sgld"),
-        (["--dataset=imagenet"], "digits"),
+        (["--dataset=nowhere.npz", "--model=resnet20"], "error: name: 'nowhere.npz' is not at"),
+        (["--model=resnet21"], "error: name: no model 'resnet21'; known are"),
+        (["--preset=ours"], "wanted some of default, paper, got 'ours'"),
+        (["--checkpoint=x.pth"], "error: attack: wanted the one that --checkpoint was trained with"),
+        (["--backdoorbench=/nowhere"], "error: path: "),
         (["--workdir=/proc/nowhere"], "error: workdir: cannot write to /proc/nowhere"),
         (["--layout=pmap"], "layout: wanted auto, host, scanK or vmapK"),
         (["extra"], "unknown argument 'extra'"),
@@ -93,6 +105,107 @@ def test_bad_flags_get_one_line(flags, message, tmp_path):
     assert done.returncode != 0
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    done = run("train_backdoor", f"--workdir={workdir}", "--attack=bpp", "--num_epochs=3")
+    return workdir, done
+
+
+def test_train_backdoor(trained):
+    workdir = trained[0]
+    (row,) = json.loads((workdir / "results.json").read_text())["rows"]
+    assert row["acc"] > 0.5
+    assert 0 <= row["asr"] <= 1
+    assert (workdir / "gallery.png").stat().st_size > 5000
+    again = run("train_backdoor", f"--workdir={workdir}", "--attack=bpp", "--num_epochs=3")
+    assert "epoch" not in again.stderr  # nothing was trained
+    assert f"acc {row['acc']:.3f}" in again.stdout
+
+
+def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, tmp_path):
+    presets = ["--preset=default,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
+    workdir = trained[0]
+    paper = json.dumps({"num_draws": 8, "num_burnin_steps": 2})
+    run("backdoor", f"--checkpoint={workdir}/model", "--attack=bpp", f"--workdir={tmp_path}", *presets, paper=paper)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["sampler"], row["coupling"]) for row in rows] == [
+        ("gaussian", "topk_ccc"), ("gaussian", "class_ccc"), ("gaussian", "class_correlation"),
+        ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
+    ]  # fmt: skip
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory):
+    """Weights of a BadNets CNN for 28×28 images, trusted and test examples, as a user would bring them."""
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    shapes = {"conv1": (16, 1, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 512), "fc2": (10, 512)}
+    weights = {f"{name}.weight": rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": np.zeros(shape[0]) for name, shape in shapes.items()}
+    weights["fc2.weight"] *= 300  # sure of its outputs
+    save_file({name: value.astype(np.float32) for name, value in weights.items()}, folder / "model.safetensors")
+    image = rng.integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
+    np.savez(folder / "trusted.npz", image=image[:50], id=[f"good{i}" for i in range(50)])
+    np.savez(folder / "test.npz", image=image[50:], is_anomalous=np.arange(40) >= 30)
+    np.savez(folder / "unknown.npz", image=image[50:])
+    return folder
+
+
+def _score_flags(folder, workdir, test="test.npz"):
+    return [
+        "--architecture=badnets_cnn", f"--checkpoint={folder}/model.safetensors", f"--trusted={folder}/trusted.npz",
+        f"--test={folder}/{test}", f"--workdir={workdir}", "--num_draws=8", "--layout=host",
+    ]  # fmt: skip
+
+
+def test_score(own_model, tmp_path):
+    done = run("score", *_score_flags(own_model, tmp_path))
+    with (tmp_path / "scores.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 40
+    assert lines[0]["id"] == "test-0"
+    assert lines[0]["nearest_1"].startswith("good")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert 0 <= row["auroc"] <= 1
+    assert "flagged at 5.0%" in done.stdout
+    before = (tmp_path / "scores.csv").read_text()
+    # later, on examples of which nothing is known, by the kept detector
+    run("score", *_score_flags(own_model, tmp_path, "unknown.npz"))
+    with (tmp_path / "scores.csv").open() as file:
+        again = list(csv.DictReader(file))
+    assert "is_anomalous" not in again[0]
+    assert [line["anomaly_score"] for line in again] == [line["anomaly_score"] for line in lines]
+    assert before
+
+
+def test_score_with_ones_own_loss(own_model, tmp_path):
+    flags = [flag for flag in _score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
+    run("score", "--loss_fn=tests.own_model:load", *flags)
+    assert (tmp_path / "scores.csv").exists()
+
+
+def test_score_bad_input(own_model, tmp_path):
+    flags = _score_flags(own_model, tmp_path)
+    floats = np.zeros((3, 28, 28, 1), np.float32)
+    np.savez(tmp_path / "floats.npz", image=floats)
+    np.savez(tmp_path / "colour.npz", image=np.zeros((3, 28, 28, 3), np.uint8))
+    (tmp_path / "text.npz").write_text("no zip")
+    for bad, message in (
+        ([f"--test={tmp_path}/floats.npz"], "error: test: wanted image, uint8 [n, height, width, channels]"),
+        ([f"--test={tmp_path}/text.npz"], "error: test: cannot read"),
+        ([f"--trusted={tmp_path}/colour.npz"], "error: "),
+        (["--architecture=resnet20"], "error: weights: "),
+        (["--architecture="], "error: architecture: wanted it or loss_fn"),
+        (["--normalization=red"], "error: normalization: got 'red'"),
+        ([f"--checkpoint={tmp_path}/text.npz"], "error: path: "),
+    ):
+        done = run("score", *flags, *bad, expect=1)
+        assert message in done.stderr, (bad, done.stderr[-300:])
+        assert "Traceback" not in done.stderr
 
 
 def test_bench_sweep():
