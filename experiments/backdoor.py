@@ -30,9 +30,11 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, CountedExamples
-from madjax import Detector, report
+from madjax import Detector, Langevin, report
 from madjax.attacks import ATTACKS
 from madjax.data import load_images, split_by_class
+from madjax.sampling import split_chains, trace_diagnostics
+from madjax.sampling.perturbation import Perturbation
 
 common.define_training_flags()
 common.define_list(
@@ -142,6 +144,7 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
                     "seed": seed,
                     **row,
                     "num_draws": settings.num_draws,
+                    **_mixing(detector, settings.perturbation),
                     "sample_forwards": detector.sample_forwards + losses.size,
                     "sweep_seconds": seconds,
                     "scale": detector.scale,
@@ -154,6 +157,14 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
             shown = True
             _show(workdir / "cells" / f"{name}-{seed}", name, seed, counted, images, detector, losses, named_scores)
     return rows
+
+
+def _mixing(detector: Detector, perturbation: Perturbation) -> dict[str, float]:
+    """Of chains: the median effective sample size of trusted traces, and the worst-mixed twentieth's R-hat."""
+    if not isinstance(perturbation, Langevin) or detector.draws.num_draws < 4 * perturbation.num_chains:
+        return {}
+    mixing = trace_diagnostics(split_chains(detector.scorer.trusted, perturbation.num_chains))
+    return {"ess": float(np.nanmedian(mixing.ess)), "rhat": float(np.nanquantile(mixing.rhat, 0.95))}
 
 
 def _show(

@@ -426,8 +426,9 @@ def test_normalizations_of_ones_own():
     assert parse_normalization("0.5/0.5")(np.zeros((1, 2, 2, 1), np.uint8)).shape == (1, 2, 2, 1)
     with pytest.raises(ValueError, match=r"images: got shape \(1, 2, 2, 1\), wanted 3 channels last"):
         parse_normalization("cifar10")(np.zeros((1, 2, 2, 1), np.uint8))
-    with pytest.raises(ValueError, match="images: got float32, wanted uint8"):
-        parse_normalization("none")(np.zeros((1, 2, 2, 1), np.float32))
+    assert parse_normalization("0.5/0.5")(np.full((1, 2, 2, 1), 255, np.float32)).max() == 1
+    with pytest.raises(ValueError, match="images: got float16, wanted uint8, or float32"):
+        parse_normalization("none")(np.zeros((1, 2, 2, 1), np.float16))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_backdoor_with_chains(tmp_path):
     # 2 + 2 · 4 steps... burn-in of both chains and a step a draw, three passes over 190 images each
     assert row["sample_forwards"] > 3 * (2 * 2 + 8) * 150
     assert row["scale"] is None
+    assert row["ess"] > 0
+    assert row["rhat"] > 0.9
 
 
 @pytest.mark.parametrize(
