@@ -186,11 +186,16 @@ def read_case(
     return _case(classifier, parse_normalization(normalization), pool, attack, target)
 
 
+# where BackdoorBench's names differ from ours
+_BACKDOORBENCH_NAMES = {"preactresnet18": "preact_resnet18", "tiny": "tiny_imagenet"}
+
+
 def backdoorbench_case(folder: Path, data_dir: str | None, target: int, num_pool: int | None) -> Case:
     """A downloaded BackdoorBench result: its weights, its triggered images, and the data set's clean test images."""
     result = load_backdoorbench(folder)
-    pool = load_images(result.dataset, "test", data_dir=data_dir)
-    model = from_torch(result.model_name, result.weights, pool.images.shape[1:], num_classes=result.num_classes)
+    dataset, name = (_BACKDOORBENCH_NAMES.get(name, name) for name in (result.dataset, result.model_name))
+    pool = load_images(dataset, "test", data_dir=data_dir)
+    model = from_torch(name, result.weights, pool.images.shape[1:], num_classes=result.num_classes)
     rows = {int(index): row for row, index in enumerate(result.indices)}
     if rows and (max(rows) >= len(pool.labels) or (pool.labels[result.indices] != result.original_labels).any()):
         raise ValueError(
@@ -201,7 +206,7 @@ def backdoorbench_case(folder: Path, data_dir: str | None, target: int, num_pool
         kept = np.array([index for index in sources if int(index) in rows], int)
         return result.images[[rows[int(index)] for index in kept]], kept
 
-    case = _case(model, _normalization(result.dataset), pool, None, target)._replace(triggered=triggered)
+    case = _case(model, _normalization(dataset), pool, None, target)._replace(triggered=triggered)
     return case if num_pool is None else _subset(case, num_pool)
 
 

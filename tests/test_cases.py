@@ -1,0 +1,113 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cases
+from experiments.cases import Recipe
+from madjax.attacks import ALL_TO_ALL
+from madjax.data import ImageSet
+from tests import test_payloads as payloads
+
+QUICK = Recipe(num_epochs=3)
+
+
+def test_a_kept_model_comes_back(tmp_path):
+    case = cases.train_case("blended", 0, QUICK, tmp_path / "model")
+    again = cases.train_case("blended", 0, QUICK, tmp_path / "model")
+    np.testing.assert_array_equal(again.pool.images, case.pool.images)
+    images, sources = case.triggered(np.arange(9))
+    np.testing.assert_array_equal(sources, np.arange(9))
+    np.testing.assert_array_equal(again.triggered(sources)[0], images)
+    batch = {"image": images, "label": case.pool.labels[:9]}
+    np.testing.assert_array_equal(again.loss_fn(again.params, batch), case.loss_fn(case.params, batch))
+
+
+def test_attacks_that_need_a_clean_model_share_it(tmp_path):
+    cases.train_case("lf", 0, QUICK, tmp_path / "lf-0")
+    assert (tmp_path / "clean-0" / "model").is_dir()
+    assert not (tmp_path / "clean-0" / "attack.npz").exists()
+
+
+class Answers:
+    """A model that answers the first pixel."""
+
+    def label(self, params, batch):
+        return {"label": batch["image"][:, 0, 0, 0]}
+
+    def num_classes(self, params, batch):
+        return 3
+
+
+def _made_up(target, fired):
+    """Nine images whose model answers rightly but for the last; the trigger works where `fired` says so."""
+    labels = (np.arange(9) % 3).astype(np.int32)
+    images = np.zeros((9, 2, 2, 1), np.uint8)
+    images[:, 0, 0, 0] = labels
+    images[8, 0, 0, 0] = 0
+
+    def triggered(sources):
+        shown = images[sources].copy()
+        asked = (labels[sources] + 1) % 3 if target == ALL_TO_ALL else target
+        shown[:, 0, 0, 0] = np.where(fired[sources], asked, labels[sources])
+        return shown, sources
+
+    return cases.Case(Answers(), None, ImageSet(images, labels, None, None), triggered, target)
+
+
+def test_the_protocol_counts_what_works():
+    fired = np.array([1, 1, 0, 1, 1, 1, 1, 1, 1], bool)
+    counted = cases.count_examples(_made_up(0, fired), np.array([0, 8]), np.array([1, 2, 3, 4, 8]))
+    np.testing.assert_array_equal(counted.trusted, [0])  # 8 is answered wrongly
+    np.testing.assert_array_equal(counted.benign, [1, 2, 3, 4])
+    np.testing.assert_array_equal(counted.anomalous, [1, 4, 8])  # 3 has the target already, 2 does not fire
+    assert (counted.triggered[:, 0, 0, 0] == 0).all()
+    assert counted.accuracy == pytest.approx(4 / 5)
+    assert counted.asr == pytest.approx(3 / 4)
+    all_to_all = cases.count_examples(_made_up(ALL_TO_ALL, fired), np.array([0]), np.arange(9))
+    np.testing.assert_array_equal(all_to_all.anomalous, [0, 1, 3, 4, 5, 6, 7, 8])
+    assert all_to_all.asr == pytest.approx(8 / 9)
+    clean = _made_up(0, fired)._replace(triggered=None)
+    assert np.isnan(cases.count_examples(clean, np.array([0]), np.arange(9)).asr)
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory):
+    """A BackdoorBench result of a badnets CNN, and the data set it speaks of."""
+    folder, rng = tmp_path_factory.mktemp("bench"), np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % 10
+    np.savez(folder / "cifar10.npz", x_test=images, y_test=labels)
+    shapes = {"conv1": (16, 3, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 800), "fc2": (10, 512)}
+    weights = {f"module.{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    weights |= {f"module.{name}.bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items()}
+    result = {"model_name": "badnets_cnn", "num_classes": 10, "model": weights, "clean_data": "cifar10"}
+    (folder / "record").mkdir()
+    payloads.write_zip(folder / "record" / "attack_result.pt", pickle.dumps(result, 2))
+    for index in range(1, 60):
+        if labels[index]:
+            place = folder / "record" / "bd_test_dataset" / str(labels[index])
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(255 - images[index]).save(place / f"{index}.png")
+    return folder, images, labels
+
+
+@pytest.mark.parametrize("num_pool", [None, 30])
+def test_a_backdoorbench_result(download, num_pool):
+    folder = download[0]
+    case = cases.backdoorbench_case(folder / "record", str(folder), 0, num_pool)
+    assert len(case.pool.labels) == (num_pool or 60)
+    shown, sources = case.triggered(np.arange(len(case.pool.labels)))
+    assert (case.pool.labels[sources] != 0).all()
+    np.testing.assert_array_equal(shown, 255 - case.pool.images[sources])
+    counted = cases.count_examples(case, np.arange(5), np.arange(len(case.pool.labels)))
+    assert 0 <= counted.asr <= 1
+
+
+def test_triggered_images_of_another_data_set(download, tmp_path):
+    folder, images, labels = download
+    np.savez(tmp_path / "cifar10.npz", x_test=images, y_test=(labels + 1) % 10)
+    with pytest.raises(
+        ValueError, match=r"backdoorbench: the triggered images of .* are not of the test split of cifar10"
+    ):
+        cases.backdoorbench_case(folder / "record", str(tmp_path), 0, None)
