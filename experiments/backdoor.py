@@ -40,7 +40,7 @@ common.define_training_flags()
 common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
-common.define_list("seed", ["0"], [str(seed) for seed in range(1000)], "Seeds of training, splits and draws.")
+common.define_seeds()
 common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
 flags.DEFINE_string("checkpoint", None, "A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("normalization", None, "Of --checkpoint: a name or m1,m2,m3/s1,s2,s3; the data set's if not given.")

@@ -35,6 +35,18 @@ def define_list(name: str, default: Sequence[str], known: Sequence[str], help_te
     flags.register_validator(name, check)
 
 
+def define_seeds() -> None:
+    """The flag `seed`, a list."""
+    flags.DEFINE_list("seed", ["0"], "Seeds of training, splits and draws, comma-separated.")
+
+    def check(values: list[str]) -> bool:
+        if not values or not all(value.isdecimal() for value in values):
+            raise flags.ValidationError(f"wanted numbers from 0 on, comma-separated, got {','.join(values)!r}")
+        return True
+
+    flags.register_validator("seed", check)
+
+
 def define_detection_flags() -> None:
     """The flags of sampling, sweep, coupling and calibration."""
     samplers = ["gaussian", "rmsprop_sgld", "sgld"]

@@ -93,6 +93,7 @@ def test_backdoor_with_chains(tmp_path):
         (["--sampler=hmc"], "gaussian|rmsprop_sgld|sgld"),
         (["--dataset=nowhere.npz", "--model=resnet20"], "error: name: 'nowhere.npz' is not at"),
         (["--model=resnet21"], "error: name: no model 'resnet21'; known are"),
+        (["--seed=a"], "wanted numbers from 0 on, comma-separated, got 'a'"),
         (["--preset=ours"], "wanted some of default, paper, got 'ours'"),
         (["--checkpoint=x.pth"], "error: attack: wanted the one that --checkpoint was trained with"),
         (["--backdoorbench=/nowhere"], "error: path: "),

@@ -1,6 +1,6 @@
 import numpy as np
 
-from madjax.traces import SHRINKAGE, SMALL_LOSS, fit_trace_map
+from madjax.traces import SHRINKAGE, SMALL_LOSS, TraceMapFit, fit_trace_map
 
 
 def test_against_scipy_free_formula():
@@ -27,3 +27,12 @@ def test_what_all_share_is_weakened():
 
 def test_negative_losses_of_a_users_own_are_allowed():
     assert np.isfinite(fit_trace_map(np.array([[-1.0, 2.0, 0.0], [0.5, -3.0, 1.0]]))(np.array([[-5.0], [5.0]]))).all()
+
+
+def test_a_map_without_some_is_the_map_of_the_rest():
+    losses = np.random.default_rng(0).gamma(1.0, size=(6, 50))
+    held_out = np.array([0, 7, 49])
+    rest = fit_trace_map(np.delete(losses, held_out, axis=1))
+    left_out = TraceMapFit(losses).without(held_out)
+    np.testing.assert_allclose(left_out.mean, rest.mean, rtol=1e-12)
+    np.testing.assert_allclose(left_out.root, rest.root, rtol=1e-9)
