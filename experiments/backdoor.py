@@ -155,7 +155,11 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
             )
         if not shown:
             shown = True
-            _show(workdir / "cells" / f"{name}-{seed}", name, seed, counted, images, detector, losses, named_scores)
+            folder = workdir / "cells" / f"{name}-{seed}"
+            _show(folder, name, seed, counted, images, detector, losses, named_scores)
+            if len(counted.anomalous):
+                clean = pool.images[counted.anomalous[:8]]
+                report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
     return rows
 
 

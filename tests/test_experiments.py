@@ -54,7 +54,7 @@ def test_backdoor_writes_what_it_says(finished):
     assert all(line["flagged"] == str(int(float(line["p_value"]) <= 0.05)) for line in scores)
     flagged = [line["flagged"] == "1" for line in scores if line["id"].startswith("badnet-0/triggered")]
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
-    for name in ("histogram", "roc", "couplings", "flagged"):
+    for name in ("histogram", "roc", "couplings", "flagged", "gallery"):
         assert (workdir / "cells" / "badnet-0" / f"{name}.png").stat().st_size > 5000
     assert "badnet      gaussian     topk_ccc" in done.stdout
     assert "average" in done.stdout
@@ -230,3 +230,23 @@ def test_bench_scale(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert len(rows) == 10
     assert (tmp_path / "scale.png").exists()
+
+
+def test_bench_train():
+    flags = ["--models=badnets_cnn", "--num_images=64", "--batch_size=32", "--num_epochs=2", "--repeats=1"]
+    result = json.loads(run("bench_train", *flags).stdout.splitlines()[-1])
+    assert result["models"].keys() == {"badnets_cnn"}
+
+
+@pytest.mark.slow
+def test_ablations(tmp_path):
+    done = run(
+        "ablations", "--attack=badnet", "--num_epochs=8", "--num_draws=8", "--layout=host", f"--workdir={tmp_path}"
+    )
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["ablation"] for row in rows} == {"num_draws", "num_trusted", "poison_ratio", "parameters", "statistics"}
+    assert all((tmp_path / f"{row['ablation']}.png").exists() for row in rows)
+    # a hundred trusted examples do better than two dozen, which cannot flag much
+    tprs = {row["value"]: row["tpr"] for row in rows if row["ablation"] == "num_trusted"}
+    assert tprs[100] > tprs[25]
+    assert "statistics   drifting" in done.stdout
