@@ -20,8 +20,8 @@ import numpy as np
 
 from madjax.types import LossMatrix
 
-SHRINKAGE = 0.5  # s
-SMALL_LOSS = 1e-3  # c, in nats
+SHRINKAGE = 1.0  # s
+SMALL_LOSS = 1e-5  # c, in nats; float32 logits round losses to some 1e-6
 
 
 class TraceMap(NamedTuple):
