@@ -1,8 +1,8 @@
 r"""What detection depends on, one figure each: draws, trusted examples, poison ratio, parameters drawn, statistics.
 
-    python -m experiments.ablations --workdir=runs/ablations --attack=badnet,blended,sig --seed=0,1,2
+    python -m experiments.ablations --workdir=runs/ablations --seed=0
 
-Five minutes on 2 CPU cores for digits. Takes the data set and training flags of experiments.backdoor. All but what a
+Four minutes on 2 CPU cores for digits. Takes the data set and training flags of experiments.backdoor. All but what a
 figure varies stays at the defaults; "statistics" compares chains of the paper's kernel, on plain traces, whose batch
 statistics are frozen or drift. Writes results.json (a row a setting, attack and seed) and <ablation>.png.
 """
