@@ -21,10 +21,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments import cases, common
-from experiments.cases import Case, CountedExamples
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
-from madjax.data import split_by_class
 from madjax.sampling.perturbation import Perturbation
 from madjax.scorer import Scorer, Scores
 
@@ -48,22 +46,17 @@ class _Cell:
         if poison_ratio is not None:
             recipe = recipe._replace(poison_ratio=poison_ratio)
         folder = Path(flags.FLAGS.workdir) / "models" / f"{attack}-{seed}-{recipe.poison_ratio}"
-        self.seed = seed
-        self.case: Case = cases.train_case(attack, seed, recipe, folder)
-        pool, rng = self.case.pool, cases.cell_rng(attack, seed)
-        trusted, self.sampling, test = split_by_class(rng, pool.labels, (0.4, 0.2, 0.4), pool.groups)
-        self.counted: CountedExamples = cases.count_examples(self.case, trusted, test)
-        self.images = np.concatenate([pool.images[self.counted.benign], self.counted.triggered])
-        self.is_anomalous = np.arange(len(self.images)) >= len(self.counted.benign)
+        self.attack, self.seed = attack, seed
+        self.case = cases.train_case(attack, seed, recipe, folder)
+        self.test = cases.make_test_set(self.case, attack, seed)
 
     def fit(self, perturbation: Perturbation, num_draws: int, **settings: Any) -> Detector:
-        pool = self.case.pool
         return Detector.fit(
             jax.random.key(self.seed),
             self.case.loss_fn,
             self.case.params,
-            {"image": pool.images[self.counted.trusted]},
-            sampling={"image": pool.images[self.sampling], "label": pool.labels[self.sampling]},
+            self.test.trusted,
+            sampling=self.test.sampling,
             perturbation=perturbation,
             num_draws=num_draws,
             layout=flags.FLAGS.layout,
@@ -71,11 +64,11 @@ class _Cell:
         )
 
     def row(self, scores: Scores) -> dict[str, Any]:
-        counted = self.counted
-        return report.detection_row(scores, self.is_anomalous, counted.accuracy, counted.asr, 0.05)
+        counted = self.test.counted
+        return report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, 0.05)
 
     def score(self, detector: Detector) -> dict[str, Any]:
-        return self.row(detector.score({"image": self.images}))
+        return self.row(detector.score({"image": self.test.images}))
 
 
 def main() -> None:
@@ -88,10 +81,9 @@ def main() -> None:
     for attack, seed in tqdm(cells, desc="cells", unit="cell"):
         cell = _Cell(attack, seed)
         for name, ablation in _ABLATIONS.items():
-            for value, row in ablation(cell, attack):
+            for value, row in ablation(cell):
                 rows.append({"ablation": name, "value": value, "attack": attack, "seed": seed, **row})
-    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    report.write_json(workdir / "results.json", {"config": config, "device": device, "rows": rows})
+    report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     for name in _ABLATIONS:
         _plot(workdir / f"{name}.png", name, [row for row in rows if row["ablation"] == name])
         for value in dict.fromkeys(row["value"] for row in rows if row["ablation"] == name):
@@ -102,20 +94,18 @@ def main() -> None:
     print(f"results in {workdir}")
 
 
-def _num_draws(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    del attack
+def _num_draws(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     detector = cell.fit(Gaussian(), max(_NUM_DRAWS))
-    losses, classes = detector.sweep({"image": cell.images})
+    losses, classes = detector.sweep({"image": cell.test.images})
     # fewer draws are the first ones of many
     trusted, trusted_classes = detector.scorer.trusted, detector.scorer.trusted_classes
     for count in _NUM_DRAWS:
         yield count, cell.row(Scorer.fit(trusted[:count], trusted_classes).score(losses[:count], classes))
 
 
-def _num_trusted(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    del attack
+def _num_trusted(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     detector = cell.fit(Gaussian(), flags.FLAGS.num_draws)
-    losses, classes = detector.sweep({"image": cell.images})
+    losses, classes = detector.sweep({"image": cell.test.images})
     trusted, trusted_classes = detector.scorer.trusted, detector.scorer.trusted_classes
     assert trusted_classes is not None
     for count in _NUM_TRUSTED:
@@ -123,30 +113,28 @@ def _num_trusted(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]
         yield count, cell.row(Scorer.fit(trusted[:, :count], trusted_classes[:count]).score(losses, classes))
 
 
-def _poison_ratio(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _poison_ratio(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     for ratio in _POISON_RATIOS:
-        other = _Cell(attack, cell.seed, ratio)
-        if len(other.counted.triggered) < 20:
+        other = _Cell(cell.attack, cell.seed, ratio)
+        if len(other.test.counted.triggered) < 20:
             continue  # the backdoor was not learned: there is nothing to find
         yield ratio, other.score(other.fit(Gaussian(), flags.FLAGS.num_draws))
 
 
-def _parameters(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    del attack
+def _parameters(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     module = cell.case.loss_fn.module
     head = nnx.merge(module.graphdef, module.rng_state, cell.case.params).HEAD
     for name, pattern in {"all": None, "kernels": "kernel", "biases": "bias", "last layer": f"{head}/"}.items():
         yield name, cell.score(cell.fit(Gaussian(parameters=pattern), flags.FLAGS.num_draws))
 
 
-def _statistics(cell: _Cell, attack: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    del attack
+def _statistics(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     for name, drift in {"frozen": False, "drifting": True}.items():
         chain = Langevin(num_burnin_steps=50, num_steps_between_draws=4, drift=drift)
         yield name, cell.score(cell.fit(chain, flags.FLAGS.num_draws, coupling="class_correlation", traces="raw"))
 
 
-_ABLATIONS: dict[str, Callable[[_Cell, str], Iterator[tuple[Any, dict[str, Any]]]]] = {
+_ABLATIONS: dict[str, Callable[[_Cell], Iterator[tuple[Any, dict[str, Any]]]]] = {
     "num_draws": _num_draws,
     "num_trusted": _num_trusted,
     "poison_ratio": _poison_ratio,

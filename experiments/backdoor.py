@@ -23,16 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from experiments import cases, common
-from experiments.cases import Case, CountedExamples
+from experiments.cases import Case, TestSet
 from madjax import Detector, Langevin, report
 from madjax.attacks import ATTACKS
-from madjax.data import load_images, split_by_class
 from madjax.sampling import split_chains, trace_diagnostics
 from madjax.sampling.perturbation import Perturbation
 
@@ -48,8 +46,6 @@ flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, wi
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()
 
-# of every class of the pool
-_SHARES = {"trusted": 0.4, "sampling": 0.2, "test": 0.4}
 _OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "checkpoint", "normalization", "backdoorbench"]
 
 
@@ -66,8 +62,7 @@ def main() -> None:
                 file.write(json.dumps({"cell": f"{attack}-{seed}", "rows": rows}) + "\n")
             done[f"{attack}-{seed}"] = rows
     rows = [row for attack, seed in cells for row in done[f"{attack}-{seed}"]]
-    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    report.write_json(workdir / "results.json", {"config": config, "device": device, "rows": rows})
+    report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _join_scores(workdir, [f"{attack}-{seed}" for attack, seed in cells])
     print(report.table([*rows, *report.average_rows(rows)]))
     first = (rows[0]["sampler"], rows[0]["coupling"])
@@ -94,47 +89,27 @@ def _case(name: str, seed: int, workdir: Path) -> Case:
     path = Path(values.checkpoint)
     if (path / "model").is_dir():
         return cases.load_case(path)
-    pool = load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool)
-    normalization = values.normalization or recipe.dataset
-    return cases.read_case(path, recipe.model, pool, name, recipe.target, normalization, seed)
+    return cases.read_case(path, recipe, name, values.normalization, seed)
 
 
 def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     values = flags.FLAGS
     case = _case(name, seed, workdir)
     pool = case.pool
-    parts = split_by_class(cases.cell_rng(name, seed), pool.labels, tuple(_SHARES.values()), pool.groups)
-    trusted, sampling, test = parts
-    counted = cases.count_examples(case, trusted, test)
-    images = np.concatenate([pool.images[counted.benign], counted.triggered])
-    is_anomalous = np.arange(len(images)) >= len(counted.benign)
+    test = cases.make_test_set(case, name, seed)
+    counted = test.counted
     rows, shown = [], False
     for settings in map(common.settings_from_flags, values.preset):
         start = time.perf_counter()
-        detector = Detector.fit(
-            jax.random.key(seed),
-            case.loss_fn,
-            case.params,
-            {"image": pool.images[counted.trusted]},
-            sampling={"image": pool.images[sampling], "label": pool.labels[sampling]},
-            perturbation=settings.perturbation,
-            num_draws=settings.num_draws,
-            coupling=settings.coupling[0],
-            traces=settings.traces,
-            fpr=values.fpr,
-            per_class=values.per_class,
-            layout=values.layout,
-            batch_size=values.batch_size,
-            progress=True,
-        )
-        losses, classes = detector.sweep({"image": images}, progress=True)
+        detector = common.fit_detector(settings, seed, case.loss_fn, case.params, test.trusted, test.sampling)
+        losses, classes = detector.sweep({"image": test.images}, progress=True)
         seconds = time.perf_counter() - start
         named_scores = {
             coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, classes)
             for coupling in settings.coupling
         }
         for coupling, scores in named_scores.items():
-            row = report.detection_row(scores, is_anomalous, counted.accuracy, counted.asr, values.fpr)
+            row = report.detection_row(scores, test.is_anomalous, counted.accuracy, counted.asr, values.fpr)
             rows.append(
                 {
                     "attack": name,
@@ -156,7 +131,7 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
         if not shown:
             shown = True
             folder = workdir / "cells" / f"{name}-{seed}"
-            _show(folder, name, seed, counted, images, detector, losses, named_scores)
+            _show(folder, name, seed, test, detector, losses, named_scores)
             if len(counted.anomalous):
                 clean = pool.images[counted.anomalous[:8]]
                 report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
@@ -175,8 +150,7 @@ def _show(
     folder: Path,
     name: str,
     seed: int,
-    counted: CountedExamples,
-    images: np.ndarray,
+    test: TestSet,
     detector: Detector,
     losses: np.ndarray,
     named_scores: dict[str, Any],
@@ -185,7 +159,7 @@ def _show(
     folder.mkdir(parents=True, exist_ok=True)
     coupling, first = next(iter(named_scores.items()))
     title = f"{name}, seed {seed}, {coupling}"
-    is_anomalous = np.arange(len(images)) >= len(counted.benign)
+    counted, images, is_anomalous = test.counted, test.images, test.is_anomalous
     kinds = np.where(is_anomalous, "triggered", "benign")
     sources = np.r_[counted.benign, counted.anomalous]
     ids = [f"{name}-{seed}/{kind}-{index}" for kind, index in zip(kinds, sources, strict=True)]

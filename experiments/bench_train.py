@@ -47,8 +47,8 @@ def main() -> None:
         compilation = statistics.median(short for short, _ in pairs) - epochs / (values.num_epochs - 1)
         results[name] = {"images_per_second": seen / epochs, "compile_seconds": compilation}
         print(f"{name:<16} {seen / epochs:>9.0f} {compilation:>9.1f}", flush=True)
-    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    print(json.dumps({"device": device, "dtype": values.dtype, "batch_size": values.batch_size, "models": results}))
+    setting = {"device": common.device(), "dtype": values.dtype, "batch_size": values.batch_size}
+    print(json.dumps({**setting, "models": results}))
 
 
 def _train(name: str, images: np.ndarray, labels: np.ndarray, num_epochs: int) -> float:

@@ -29,7 +29,7 @@ from madjax.attacks.trojannn import apply as stamp
 from madjax.data import NORMALIZATIONS, ImageSet, digits, load_images, parse_normalization, split_by_class
 from madjax.interop.backdoorbench import load_backdoorbench
 from madjax.interop.weights import load_weights
-from madjax.models import build_model, from_torch, train_classifier
+from madjax.models import build_model, from_arrays, from_torch, to_arrays, train_classifier
 from madjax.models.augment import Augmentation
 
 
@@ -90,6 +90,37 @@ def count_examples(case: Case, trusted: np.ndarray, test: np.ndarray) -> Counted
     )
 
 
+class TestSet(NamedTuple):
+    """A case's pool, split and counted.
+
+    Attributes:
+      counted: which examples count.
+      trusted, sampling: batches for `Detector.fit`.
+      images: benign ones, then triggered ones; is_anomalous: which are triggered.
+    """
+
+    counted: CountedExamples
+    trusted: dict[str, np.ndarray]
+    sampling: dict[str, np.ndarray]
+    images: np.ndarray
+    is_anomalous: np.ndarray
+
+
+def make_test_set(case: Case, name: str, seed: int) -> TestSet:
+    """Two fifths of every class of the pool are trusted, a fifth is for chains to train on, two fifths are tested."""
+    pool = case.pool
+    trusted, sampling, test = split_by_class(cell_rng(name, seed), pool.labels, (0.4, 0.2, 0.4), pool.groups)
+    counted = count_examples(case, trusted, test)
+    images = np.concatenate([pool.images[counted.benign], counted.triggered])
+    return TestSet(
+        counted,
+        {"image": pool.images[counted.trusted]},
+        {"image": pool.images[sampling], "label": pool.labels[sampling]},
+        images,
+        np.arange(len(images)) >= len(counted.benign),
+    )
+
+
 class Recipe(NamedTuple):
     """How a model is trained; the defaults are the digits'.
 
@@ -126,10 +157,10 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
     lf and trojannn need a clean model of the same recipe, which is trained, or read, in the folder `clean-<seed>`
     beside.
     """
-    rng = cell_rng(name, seed)
-    train, pool = _data(recipe, rng)
     if folder is not None and (folder / "model").exists():
-        return load_case(folder, pool)
+        return load_case(folder)
+    rng = cell_rng(name, seed)
+    train, pool = _train(recipe, rng), _pool(recipe, name, seed)
     attack, images, labels = None, train.images, train.labels
     if name != "clean":
 
@@ -157,33 +188,30 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
         workdir=None if folder is None else folder / "training",
     )
     if folder is not None:
-        _save(folder, model, attack, {**recipe._asdict(), "num_classes": num_classes})
+        _save(folder, model, attack, {"name": name, "seed": seed, "num_classes": num_classes, **recipe._asdict()})
     return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
 
 
-def load_case(folder: Path, pool: ImageSet | None = None) -> Case:
-    """A model that `train_case` kept, with `pool` or the test images of its data set."""
+def load_case(folder: Path) -> Case:
+    """A model that `train_case` kept, with the images that it was not trained on."""
     settings, arrays = checkpoint.load(folder / "model")
-    num_classes = settings.pop("num_classes")
+    name, seed, num_classes = (settings.pop(key) for key in ("name", "seed", "num_classes"))
     recipe = Recipe(**settings)
-    pool = pool or load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool)
-    model = _build(recipe.model, num_classes, pool.images.shape[1:], recipe.dtype, 0)
-    graphdef, state = nnx.split(model)
-    flat = [(path, leaf.replace(jnp.asarray(arrays[_name(path)]))) for path, leaf in nnx.to_flat_state(state)]
-    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    pool = _pool(recipe, name, seed)
+    model = from_arrays(_build(recipe.model, num_classes, pool.images.shape[1:], recipe.dtype, 0), arrays)
     attack = load_attack(folder / "attack.npz") if (folder / "attack.npz").exists() else None
     return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
 
 
-def read_case(
-    path: Path, model: str, pool: ImageSet, attack_name: str, target: int, normalization: str, seed: int
-) -> Case:
+def read_case(path: Path, recipe: Recipe, attack_name: str, normalization: str | None, seed: int) -> Case:
     """Somebody's weights, with an attack that needs nothing but images: badnet, blended, sig, wanet, bpp."""
-    classifier = from_torch(model, load_weights(path), pool.images.shape[1:])
-    attack = None
+    pool = _pool(recipe, attack_name, seed)
+    classifier = from_torch(recipe.model, load_weights(path), pool.images.shape[1:])
+    attack, target = None, recipe.target
     if attack_name != "clean":
         attack = make_attack(attack_name, np.random.default_rng(seed), pool.images, pool.labels, target=target)
-    return _case(classifier, parse_normalization(normalization), pool, attack, target)
+    preprocess = parse_normalization(normalization) if normalization else _normalization(recipe.dataset)
+    return _case(classifier, preprocess, pool, attack, target)
 
 
 # where BackdoorBench's names differ from ours
@@ -226,18 +254,24 @@ def _subset(case: Case, count: int) -> Case:
     return case._replace(pool=pool, triggered=triggered)
 
 
-def _data(recipe: Recipe, rng: np.random.Generator) -> tuple[ImageSet, ImageSet]:
+def _train(recipe: Recipe, rng: np.random.Generator) -> ImageSet:
     if recipe.dataset == "digits":
-        # every attack and seed has its own split, so that false-positive rates of several are independent measurements
-        images, labels = digits()
-        train, left = (
-            ImageSet(images[part], labels[part], None, None) for part in split_by_class(rng, labels, (0.45, 0.55))
-        )
-        return train, left
-    return (
-        load_images(recipe.dataset, "train", data_dir=recipe.data_dir, max_examples=recipe.num_train),
-        load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool),
-    )
+        return _digits(rng)[0]
+    return load_images(recipe.dataset, "train", data_dir=recipe.data_dir, max_examples=recipe.num_train)
+
+
+def _pool(recipe: Recipe, name: str, seed: int) -> ImageSet:
+    if recipe.dataset == "digits":
+        return _digits(cell_rng(name, seed))[1]
+    return load_images(recipe.dataset, "test", data_dir=recipe.data_dir, max_examples=recipe.num_pool)
+
+
+def _digits(rng: np.random.Generator) -> list[ImageSet]:
+    """Digits to train on and the others: a split for every attack and seed, so that false-positive rates of several
+    are independent measurements.
+    """
+    images, labels = digits()
+    return [ImageSet(images[part], labels[part], None, None) for part in split_by_class(rng, labels, (0.45, 0.55))]
 
 
 def _normalization(dataset: str) -> Any:
@@ -259,12 +293,7 @@ def _save(folder: Path, model: nnx.Module, attack: Attack | None, settings: dict
     folder.mkdir(parents=True, exist_ok=True)
     if attack is not None:
         save_attack(folder / "attack.npz", attack)
-    arrays = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    checkpoint.save(folder / "model", settings, arrays)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+    checkpoint.save(folder / "model", settings, to_arrays(nnx.state(model)))
 
 
 def _case(model: nnx.Module, normalization: Any, pool: ImageSet, attack: Attack | None, target: int) -> Case:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import app, flags
 
 from experiments.cases import Recipe
+from madjax import Detector
 from madjax.coupling import COUPLINGS
 from madjax.data.images import FILES
 from madjax.models import MODELS
@@ -122,6 +124,34 @@ def _perturbation(values: dict[str, Any]) -> Perturbation:
         "parameters",
     )  # fmt: skip
     return Langevin(values["sampler"], **{name: values[name] for name in names})
+
+
+def fit_detector(
+    settings: Settings, seed: int, loss_fn: Any, params: Any, trusted: dict[str, Any], sampling: dict[str, Any] | None
+) -> Detector:
+    """A detector by a preset's settings and the flags of calibration and sweep."""
+    values = flags.FLAGS
+    return Detector.fit(
+        jax.random.key(seed),
+        loss_fn,
+        params,
+        trusted,
+        sampling=sampling,
+        perturbation=settings.perturbation,
+        num_draws=settings.num_draws,
+        coupling=settings.coupling[0],
+        traces=settings.traces,
+        fpr=values.fpr,
+        per_class=values.per_class,
+        layout=values.layout,
+        batch_size=values.batch_size,
+        progress=True,
+    )
+
+
+def device() -> str:
+    """Number and kind of the devices, for results."""
+    return f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
 
 
 def define_training_flags() -> None:

@@ -21,7 +21,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -105,22 +104,7 @@ def _detector(folder: Path, loss_fn: Any, params: Any, trusted: dict[str, np.nda
         }
         if "label" not in sampling:
             raise ValueError(f"sampling: wanted labels, {values.sampling} holds none")
-    detector = Detector.fit(
-        jax.random.key(values.seed),
-        loss_fn,
-        params,
-        {"image": trusted["image"]},
-        sampling=sampling,
-        perturbation=settings.perturbation,
-        num_draws=settings.num_draws,
-        coupling=settings.coupling[0],
-        traces=settings.traces,
-        fpr=values.fpr,
-        per_class=values.per_class,
-        layout=values.layout,
-        batch_size=values.batch_size,
-        progress=True,
-    )
+    detector = common.fit_detector(settings, values.seed, loss_fn, params, {"image": trusted["image"]}, sampling)
     detector.save(folder)
     return detector
 

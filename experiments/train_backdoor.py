@@ -3,7 +3,7 @@ r"""Trains one model with a backdoor, and says what it does.
     python -m experiments.train_backdoor --dataset=cifar10 --data_dir=DATA --attack=wanet --model=preact_resnet18
 
 BackdoorBench's recipe unless flags say otherwise. Resumes after the last whole epoch when started again with the same
---workdir. Writes config.json, results.json (accuracy, attack success rate, images a second), gallery.png (clean,
+--workdir. Writes config.json, results.json (accuracy, attack success rate, seconds in all), gallery.png (clean,
 triggered, and their difference) and model/, which `experiments.backdoor --checkpoint=WORKDIR/model` reads.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -42,8 +41,7 @@ def main() -> None:
         "num_test": len(everything),
         "seconds": seconds,
     }
-    device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-    report.write_json(workdir / "results.json", {"config": config, "device": device, "rows": [result]})
+    report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": [result]})
     if case.triggered is not None:
         shown, sources = case.triggered(everything[:8])
         report.plot_gallery(workdir / "gallery.png", case.pool.images[sources], shown, values.attack)

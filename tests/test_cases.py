@@ -17,6 +17,8 @@ def test_a_kept_model_comes_back(tmp_path):
     case = cases.train_case("blended", 0, QUICK, tmp_path / "model")
     again = cases.train_case("blended", 0, QUICK, tmp_path / "model")
     np.testing.assert_array_equal(again.pool.images, case.pool.images)
+    # by its folder alone too it comes with the images that it was not trained on
+    np.testing.assert_array_equal(cases.load_case(tmp_path / "model").pool.images, case.pool.images)
     images, sources = case.triggered(np.arange(9))
     np.testing.assert_array_equal(sources, np.arange(9))
     np.testing.assert_array_equal(again.triggered(sources)[0], images)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from madjax import from_nnx
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
-from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict
+from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict, to_arrays
 
 if importlib.util.find_spec("torch") is not None:
     import torch
@@ -360,3 +360,13 @@ def test_published_checkpoints_classify(shared_data, cifar10, file, name, normal
     mean, std = normalization
     logits = calls(model, ((images / 255 - mean) / std).astype(np.float32))
     assert np.mean(np.argmax(logits, axis=1) == labels) == pytest.approx(accuracy, abs=0.025)
+
+
+@pytest.mark.parametrize("name", ["badnets_cnn", "wrn10_1"])
+def test_a_models_own_names_are_taken_too(name):
+    """As flax keeps them: what an orbax folder of the model's state holds."""
+    model = build_model(name, 7, (32, 32, 3), rngs=nnx.Rngs(3))
+    again = from_torch(name, to_arrays(nnx.state(model)), (32, 32, 3))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    with pytest.raises(ValueError, match=r"weights: do not fit .*is missing"):
+        from_torch("resnet20", to_arrays(nnx.state(model)), (32, 32, 3))

@@ -14,9 +14,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from madjax.attacks.attack import ALL_TO_ALL, Arrays, Attack
+from madjax.attacks.attack import Arrays, Attack, poisoned_labels
 from madjax.attacks.fit import minimize
-from madjax.attacks.networks import Classifier, ImageNet, from_arrays, to_arrays
+from madjax.attacks.networks import Classifier, ImageNet
+from madjax.models.arrays import from_arrays, to_arrays
 
 
 def input_aware(
@@ -58,23 +59,25 @@ def input_aware(
         empty = jax.nn.relu(mask_density - mask.mean((1, 2, 3))).mean()
         return density_weight * (density + empty + 0.1 * grey) + diversity * _sameness(rng_key, x, mask)
 
-    def pattern_loss(params: tuple[nnx.State, nnx.State], rng_key: jax.Array, batch: jax.Array, labels: jax.Array):
+    def pattern_loss(
+        params: tuple[nnx.State, nnx.State], rng_key: jax.Array, batch: jax.Array, labels: jax.Array, asked: jax.Array
+    ) -> jax.Array:
         x = batch.astype(jnp.float32) / 255
         pattern = _pattern(nnx.merge(painter, params[0]), x)
         mask = _mask(nnx.merge(masker, mask_state), x)
         other = jax.random.permutation(jax.random.fold_in(rng_key, 1), len(x))
         own = x + mask * (pattern - x)
         crossed = x + mask[other] * (pattern[other] - x)
-        asked = (labels + 1) % num_classes if target == ALL_TO_ALL else jnp.full_like(labels, target)
         logits = nnx.merge(judge, params[1])(jnp.concatenate([x, own, crossed]))
         wanted = jnp.concatenate([labels, asked, labels])
         answer = optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
         return answer + 0.1 * diversity * _sameness(rng_key, x, pattern)
 
     mask_state = minimize(rng, mask_loss, mask_state, (images,), num_steps=num_mask_steps, learning_rate=2e-3)
-    data, params = (images, labels.astype(np.int32)), (pattern_state, judge_state)
+    labels = labels.astype(np.int32)
+    data, params = (images, labels, poisoned_labels(labels, target, num_classes)), (pattern_state, judge_state)
     pattern_state, _ = minimize(rng, pattern_loss, params, data, num_steps=num_steps, learning_rate=2e-3)
-    arrays = to_arrays(mask_state, "mask") | to_arrays(pattern_state, "pattern")
+    arrays = to_arrays(mask_state, "mask.") | to_arrays(pattern_state, "pattern.")
     return Attack(
         "input_aware", arrays, apply, image_shape, decoy=decoy, decoy_ratio=decoy_ratio, rotation=rotation
     )  # fmt: skip
@@ -115,8 +118,8 @@ def _sameness(rng_key: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _generate(arrays: Arrays, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     channels = images.shape[-1]
-    masker = from_arrays(ImageNet(channels, 1, rngs=nnx.Rngs(0)), arrays, "mask")
-    painter = from_arrays(ImageNet(channels, channels, rngs=nnx.Rngs(0)), arrays, "pattern")
+    masker = from_arrays(ImageNet(channels, 1, rngs=nnx.Rngs(0)), arrays, "mask.")
+    painter = from_arrays(ImageNet(channels, channels, rngs=nnx.Rngs(0)), arrays, "pattern.")
 
     @jax.jit
     def both(batch: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-
-from madjax.attacks.attack import Arrays
-
-Model = TypeVar("Model", bound=nnx.Module)
 
 
 class ImageNet(nnx.Module):
@@ -45,19 +38,3 @@ class Classifier(nnx.Module):
         """`[n, height, width, channels]` -> logits `[n, num_classes]`."""
         x = nnx.relu(self.conv2(nnx.relu(self.conv1(image))))
         return self.output(nnx.relu(self.conv3(x)).mean((1, 2)))
-
-
-def to_arrays(state: nnx.State, prefix: str = "net") -> Arrays:
-    """Flat names and arrays of a model's state."""
-    flat = nnx.to_flat_state(state)
-    return {"/".join([prefix, *map(str, path)]): np.asarray(variable.get_value()) for path, variable in flat}
-
-
-def from_arrays(model: Model, arrays: Arrays, prefix: str = "net") -> Model:
-    """The model with what `to_arrays` returned."""
-    graphdef, state = nnx.split(model)
-    flat = [
-        (path, variable.replace(jnp.asarray(arrays["/".join([prefix, *map(str, path)])])))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))

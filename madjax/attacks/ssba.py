@@ -14,7 +14,8 @@ from flax import nnx
 
 from madjax.attacks.attack import Arrays, Attack
 from madjax.attacks.fit import minimize
-from madjax.attacks.networks import Classifier, ImageNet, from_arrays, to_arrays
+from madjax.attacks.networks import Classifier, ImageNet
+from madjax.models.arrays import from_arrays, to_arrays
 
 
 def ssba(

@@ -1,5 +1,6 @@
 """Flax NNX classifiers, by class or by name, with torch's weights or a small trainer for those trained on the spot."""
 
+from madjax.models.arrays import from_arrays, to_arrays
 from madjax.models.cnn import BadNetsCNN, DigitsCNN
 from madjax.models.convert import from_torch, load_state_dict
 from madjax.models.registry import MODELS, build_model
@@ -17,7 +18,9 @@ __all__ = [
     "ResNet",
     "WideResNet",
     "build_model",
+    "from_arrays",
     "from_torch",
     "load_state_dict",
+    "to_arrays",
     "train_classifier",
 ]

@@ -1,4 +1,4 @@
-"""From a torch state dict to an NNX model: by name, with everything that does not fit listed."""
+"""From a torch state dict, or a Flax one, to an NNX model: by name, with everything that does not fit listed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def from_torch(
     """The model `name` of the registry with the weights of a torch state dict, in eval mode.
 
     Args:
-      weights: by torch's names, as for `load_state_dict`.
+      weights: by torch's names or the model's own, as for `load_state_dict`.
       image_shape: (height, width, channels).
       num_classes: read from the head's weight unless given; if given, the weights must agree.
       dtype: of the computation, see `build_model`.
@@ -47,9 +47,11 @@ def from_torch(
 
     if num_classes is None:
         model = abstract(1)
-        heads = [f"{rename(model.HEAD)}.weight" for rename in model.TORCH_NAMES]
+        heads = {f"{rename(model.HEAD)}.weight": 0 for rename in model.TORCH_NAMES} | {f"{model.HEAD}.kernel": -1}
         # without any head the weights are another model's, whatever the number
-        num_classes = next((len(weights[head]) for head in heads if np.ndim(weights.get(head, 0))), 1)
+        num_classes = next(
+            (int(weights[head].shape[i]) for head, i in heads.items() if np.ndim(weights.get(head, 0))), 1
+        )
     model = load_state_dict(abstract(num_classes), weights)
     model.eval()
     return model
@@ -61,16 +63,17 @@ def load_state_dict(
     """The model with the weights of a torch state dict.
 
     Args:
-      weights: by torch's names; a leading `module.` is dropped, and `num_batches_tracked` is not needed.
+      weights: by torch's names, or by the model's own (`layers.0.kernel`), as Flax keeps them; a leading `module.` is
+        dropped, and `num_batches_tracked` is not needed.
       rename: from the dotted path of a module here to its path there; by default that of the architecture's known
-        namings, `TORCH_NAMES` of its class, which fits best.
+        namings, `TORCH_NAMES` of its class and its own names, which fits best.
 
     Raises:
       ValueError: lists every missing, extra and misshapen tensor.
     """
     weights = _arrays(weights)
     graphdef, state = nnx.split(model)
-    fits = [_fit(state, weights, r) for r in ([rename] if rename else _renames(model))]
+    fits = [_fit(state, weights, r) for r in ([rename] if rename else [*_renames(model), None])]
     flat, problems = min(fits, key=lambda fit: sum(map(len, fit[1])))
     if any(problems):
         listed = "; ".join(_listed(some) for some in problems if some)
@@ -78,15 +81,18 @@ def load_state_dict(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str], str]):
-    """The flat state with the weights; what is missing, misshapen and left."""
+def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str], str] | None):
+    """The flat state with the weights, by the model's own names without `rename`; what is missing, misshapen, left."""
     left = dict(weights)
     flat, missing, misshapen = [], [], []
     for path, variable in nnx.to_flat_state(state):
         *module, leaf = map(str, path)
-        name = f"{rename('.'.join(module))}.{_TORCH_NAMES[leaf]}"
-        # torch keeps outputs first
-        order = {4: (3, 2, 0, 1), 2: (1, 0)}[variable.ndim] if leaf == "kernel" else (0,)
+        if rename is None:
+            name, order = ".".join(map(str, path)), tuple(range(variable.ndim))
+        else:
+            name = f"{rename('.'.join(module))}.{_TORCH_NAMES[leaf]}"
+            # torch keeps outputs first
+            order = {4: (3, 2, 0, 1), 2: (1, 0)}[variable.ndim] if leaf == "kernel" else (0,)
         shape = tuple(variable.shape[axis] for axis in order)
         array = left.pop(name, None)
         if array is None:
