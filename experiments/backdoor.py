@@ -12,8 +12,8 @@ paper's code only clean images that the model gets right and triggered images th
 the paper's chain and couplings to the table.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
-pictures and scores of each attack and seed, under models/ what it trained. A second run with the same --workdir resumes
-after the last whole cell, and within a training after its last whole epoch.
+pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
+with the same --workdir resumes: a training after its last whole epoch, a sweep after its last block of draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, Langevin, report
+from madjax import Detector, Langevin, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.sampling import split_chains, trace_diagnostics
 from madjax.sampling.perturbation import Perturbation
@@ -58,9 +58,12 @@ def main() -> None:
     for attack, seed in tqdm(cells, desc="cells", unit="cell"):
         if f"{attack}-{seed}" not in done:
             rows = _run_cell(attack, seed, workdir)
-            with (workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"cell": f"{attack}-{seed}", "rows": rows}) + "\n")
+            if hosts.is_first():
+                with (workdir / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"cell": f"{attack}-{seed}", "rows": rows}) + "\n")
             done[f"{attack}-{seed}"] = rows
+    if not hosts.is_first():
+        return
     rows = [row for attack, seed in cells for row in done[f"{attack}-{seed}"]]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _join_scores(workdir, [f"{attack}-{seed}" for attack, seed in cells])
@@ -85,7 +88,11 @@ def _case(name: str, seed: int, workdir: Path) -> Case:
         folder = Path(values.backdoorbench)
         return cases.backdoorbench_case(folder, values.data_dir, values.target, values.num_pool)
     if values.checkpoint is None:
-        return cases.train_case(name, seed, recipe, workdir / "models" / f"{name}-{seed}")
+        folder = workdir / "models" / f"{name}-{seed}"
+        if hosts.is_first():
+            cases.train_case(name, seed, recipe, folder)
+        hosts.barrier("trained")
+        return cases.load_case(folder)
     path = Path(values.checkpoint)
     if (path / "model").is_dir():
         return cases.load_case(path)
@@ -98,11 +105,15 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     pool = case.pool
     test = cases.make_test_set(case, name, seed)
     counted = test.counted
-    rows, shown = [], False
+    rows, shown, folder = [], False, workdir / "cells" / f"{name}-{seed}"
     for settings in map(common.settings_from_flags, values.preset):
         start = time.perf_counter()
-        detector = common.fit_detector(settings, seed, case.loss_fn, case.params, test.trusted, test.sampling)
-        losses, classes = detector.sweep({"image": test.images}, progress=True)
+        detector = common.fit_detector(
+            settings, seed, case.loss_fn, case.params, test.trusted, test.sampling, {"image": test.images},
+            folder / settings.preset,
+        )  # fmt: skip
+        assert detector.test is not None
+        losses, classes = detector.test
         seconds = time.perf_counter() - start
         named_scores = {
             coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, classes)
@@ -128,9 +139,8 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
                     "num_anomalous": len(counted.anomalous),
                 }
             )
-        if not shown:
+        if not shown and hosts.is_first():
             shown = True
-            folder = workdir / "cells" / f"{name}-{seed}"
             _show(folder, name, seed, test, detector, losses, named_scores)
             if len(counted.anomalous):
                 clean = pool.images[counted.anomalous[:8]]

@@ -127,6 +127,7 @@ class Recipe(NamedTuple):
     Attributes:
       dataset, data_dir: for `load_images`; digits are split anew for every attack and seed.
       model: for `build_model`.
+      initial_weights: file of weights that training starts from, for `load_weights`; drawn at random where None.
       num_train, num_pool: at most so many images, all where None.
       poison_ratio, target: for `poison`.
       augment: whether images are cropped, and flipped where the data set is CIFAR's.
@@ -136,6 +137,7 @@ class Recipe(NamedTuple):
     dataset: str = "digits"
     data_dir: str | None = None
     model: str = "digits_cnn"
+    initial_weights: str | None = None
     num_train: int | None = None
     num_pool: int | None = None
     poison_ratio: float = 0.1
@@ -175,7 +177,12 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
         attack = make_attack(name, rng, images, labels, target=target, clean_model=clean_model, **settings)
         images, labels, *_ = poison(rng, images, labels, attack, target=target, ratio=recipe.poison_ratio)
     num_classes = int(train.labels.max()) + 1
-    model = _build(recipe.model, num_classes, images.shape[1:], recipe.dtype, int(rng.integers(2**31)))
+    shape, model_seed = images.shape[1:], int(rng.integers(2**31))
+    if recipe.initial_weights is None:
+        model = _build(recipe.model, num_classes, shape, recipe.dtype, model_seed)
+    else:
+        weights = load_weights(Path(recipe.initial_weights))
+        model = from_torch(recipe.model, weights, shape, num_classes=num_classes, dtype=jnp.dtype(recipe.dtype))
     train_classifier(
         model,
         images,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import jax
 from absl import app, flags
 
 from experiments.cases import Recipe
-from madjax import Detector
+from madjax import Detector, hosts
 from madjax.coupling import COUPLINGS
 from madjax.data.images import FILES
 from madjax.models import MODELS
@@ -79,6 +81,14 @@ def define_detection_flags() -> None:
     flags.DEFINE_string("layout", "auto", "Layout of the sweep: auto, host, scanK or vmapK.")
     flags.register_validator("layout", _check_layout)
     flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass of the sweep.", lower_bound=1)
+    flags.DEFINE_integer(
+        "model_shards", 1, "Devices of a host that the parameters are split over, for a model too large for one."
+    )
+    flags.DEFINE_bool("distributed", False, "Join the other hosts; how is found out on TPU pods, GKE and SLURM.")
+    flags.DEFINE_string("coordinator", None, "address:port of host 0, where it cannot be found out.")
+    flags.DEFINE_integer("num_hosts", None, "Number of hosts, where it cannot be found out.", lower_bound=1)
+    flags.DEFINE_integer("host", None, "Number of this host, where it cannot be found out.", lower_bound=0)
+    flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for all hosts.", lower_bound=1)
 
 
 def _check_layout(text: str) -> bool:
@@ -127,16 +137,25 @@ def _perturbation(values: dict[str, Any]) -> Perturbation:
 
 
 def fit_detector(
-    settings: Settings, seed: int, loss_fn: Any, params: Any, trusted: dict[str, Any], sampling: dict[str, Any] | None
+    settings: Settings,
+    seed: int,
+    loss_fn: Any,
+    params: Any,
+    trusted: dict[str, Any],
+    sampling: dict[str, Any] | None,
+    test: dict[str, Any] | None,
+    workdir: Path,
 ) -> Detector:
-    """A detector by a preset's settings and the flags of calibration and sweep."""
+    """A detector by a preset's settings and the flags of calibration and sweep; see `Detector.fit`."""
     values = flags.FLAGS
     return Detector.fit(
         jax.random.key(seed),
         loss_fn,
         params,
         trusted,
+        test=test,
         sampling=sampling,
+        workdir=workdir,
         perturbation=settings.perturbation,
         num_draws=settings.num_draws,
         coupling=settings.coupling[0],
@@ -145,6 +164,7 @@ def fit_detector(
         per_class=values.per_class,
         layout=values.layout,
         batch_size=values.batch_size,
+        model_shards=values.model_shards,
         progress=True,
     )
 
@@ -163,6 +183,9 @@ def define_training_flags() -> None:
     flags.DEFINE_string(
         "model", None, f"{', '.join(MODELS)} or wrn<d>_<k>; digits_cnn or preact_resnet18 if not given."
     )
+    flags.DEFINE_string(
+        "initial_weights", None, "File of weights that training starts from, to backdoor by fine-tuning."
+    )
     flags.DEFINE_integer("num_train", None, "Training images at most; all where not given.", lower_bound=1)
     flags.DEFINE_integer("num_pool", None, "Test images at most; all where not given.", lower_bound=1)
     flags.DEFINE_float("poison_ratio", 0.1, "Share of the training images that carry the trigger.")
@@ -178,8 +201,8 @@ def define_training_flags() -> None:
 
 
 TRAINING_FLAGS = [
-    "dataset", "data_dir", "model", "num_train", "num_pool", "poison_ratio", "target", "num_epochs", "learning_rate",
-    "augment", "dtype",
+    "dataset", "data_dir", "model", "initial_weights", "num_train", "num_pool", "poison_ratio", "target", "num_epochs",
+    "learning_rate", "augment", "dtype",
 ]  # fmt: skip
 
 
@@ -202,11 +225,13 @@ def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = 
     """Creates or reopens a work directory and returns it with the configuration: the flags `names`, and `more`.
 
     Raises:
-      ValueError: where it cannot be written, or holds a run with other flags; the message shows the difference.
+      ValueError: where it cannot be written, or holds a run with other flags, or hosts were given different ones; the
+        message shows the difference.
     """
     workdir = Path(path)
     config = {name: flags.FLAGS[name].value for name in names} | (more or {})
     try:
+        hosts.agree("flags", config)
         workdir.mkdir(parents=True, exist_ok=True)
         before = workdir / "config.json"
         if before.exists():
@@ -214,7 +239,8 @@ def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = 
             different = [f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if old.get(k) != v]
             if different:
                 raise ValueError(f"workdir: {workdir} holds a run with other flags: {'; '.join(different)}")
-        write_json(before, config)
+        if hosts.is_first():
+            write_json(before, config)
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}") from error
     return workdir, config
@@ -225,20 +251,36 @@ def detection_flag_names() -> list[str]:
     return [
         "sampler", "num_draws", "noise", "scale", "retained", "parameters", "step_size", "nbeta", "localization",
         "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift", "coupling", "traces", "fpr", "per_class",
-        "layout", "batch_size",
+        "layout", "batch_size", "model_shards",
     ]  # fmt: skip
 
 
+# exit code of a run that was told to stop and will go on when started again (EX_TEMPFAIL of sysexits.h)
+PREEMPTED = 75
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a driver; an error that an argument caused ends it with one line instead of a traceback."""
+    """Runs a driver; an error that an argument caused ends it with one line instead of a traceback.
+
+    SIGTERM, which a machine gets before it is taken away, ends it with `PREEMPTED` once what is done is on disk.
+    """
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(PREEMPTED)
 
     def call(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
+        signal.signal(signal.SIGTERM, stop)
+        values = flags.FLAGS
         try:
+            if "distributed" in values and values.distributed:
+                hosts.connect(values.coordinator, values.num_hosts, values.host, values.coordinator_timeout)
             main()
-        except (ValueError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, FloatingPointError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if hosts.count() > 1:
+                os._exit(1)  # at a clean exit JAX would wait for the others, who wait for this one
             sys.exit(1)
 
     app.run(call)

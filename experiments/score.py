@@ -9,7 +9,8 @@ or python -m experiments.score. trusted.npz and test.npz hold `image`, uint8 [n,
 code, which is called with --checkpoint and returns (loss_fn, params), for instance from `madjax.from_nnx`.
 
 Writes config.json, pictures and scores.csv: id, prediction, anomaly_score, p_value, flagged, three nearest trusted ids.
-The detector is kept in detector/, and a second run with the same flags and trusted examples does not fit again.
+The detector is kept in detector/, and a second run with the same flags and trusted examples does not fit again. The
+losses lie in fit/ and test-<hash>/ (`madjax.open_traces`); a run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from madjax import Detector, from_nnx, report
+from madjax import Detector, from_nnx, hosts, report
 from madjax.data import parse_normalization
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, from_torch
@@ -59,7 +60,10 @@ def main() -> None:
     workdir, config = common.open_workdir(values.workdir, names, {"trusted_sha256": digest})
     start = time.perf_counter()
     detector = _detector(workdir / "detector", loss_fn, params, trusted)
-    losses, classes = detector.sweep({"image": test["image"]}, progress=True)
+    digest = hashlib.sha256(test["image"].tobytes()).hexdigest()[:12]
+    losses, classes = detector.sweep({"image": test["image"]}, workdir=workdir / f"test-{digest}", progress=True)
+    if not hosts.is_first():
+        return
     seconds = time.perf_counter() - start
     scores = detector.score_losses(losses, classes)
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
@@ -104,8 +108,12 @@ def _detector(folder: Path, loss_fn: Any, params: Any, trusted: dict[str, np.nda
         }
         if "label" not in sampling:
             raise ValueError(f"sampling: wanted labels, {values.sampling} holds none")
-    detector = common.fit_detector(settings, values.seed, loss_fn, params, {"image": trusted["image"]}, sampling)
-    detector.save(folder)
+    trusted = {"image": trusted["image"]}
+    fit = folder.parent / "fit"
+    detector = common.fit_detector(settings, values.seed, loss_fn, params, trusted, sampling, None, fit)
+    if hosts.is_first():
+        detector.save(folder)
+    hosts.barrier("saved")
     return detector
 
 

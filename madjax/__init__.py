@@ -4,6 +4,7 @@ from madjax.detector import Detector
 from madjax.losses import ClassificationLoss, from_linen, from_nnx
 from madjax.sampling.perturbation import Gaussian, Langevin
 from madjax.scorer import Scorer, Scores
+from madjax.store import open_traces
 from madjax.sweep import loss_matrix
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "loss_matrix",
+    "open_traces",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _SETTINGS, _ARRAYS = "settings.json", "arrays"
 
 
 def save(path: str | Path, settings: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """Writes `settings` (JSON) and `arrays` (nested dict) to a new folder; the settings last, once all else is there.
+    """Writes `settings` (JSON) and `arrays` (nested dict) to a new folder, which is there whole or not at all.
 
     Raises:
       ValueError: where the folder exists already.
@@ -22,11 +23,15 @@ def save(path: str | Path, settings: dict[str, Any], arrays: dict[str, Any]) -> 
     folder = Path(path).absolute()
     if folder.exists():
         raise ValueError(f"path: {folder} exists already")
-    folder.mkdir(parents=True)
+    # renamed once all is there; a part is what an interruption left
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     arrays = jax.tree.map(np.asarray, _with_text_keys(arrays))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder / _ARRAYS, arrays)
-    (folder / _SETTINGS).write_text(json.dumps(settings, indent=1))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(part / _ARRAYS, arrays)
+    (part / _SETTINGS).write_text(json.dumps(settings, indent=1))
+    part.rename(folder)
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,7 +42,7 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     folder = Path(path).absolute()
     if not (folder / _SETTINGS).is_file():
-        raise ValueError(f"path: {folder} holds no saved detector ({_SETTINGS} is missing)")
+        raise ValueError(f"path: {folder} holds nothing saved by madjax ({_SETTINGS} is missing)")
     return json.loads((folder / _SETTINGS).read_text()), load_pytree(folder / _ARRAYS)
 
 
@@ -49,7 +54,7 @@ def load_pytree(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path).absolute()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             structure = checkpointer.metadata(folder).item_metadata.tree
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(folder, restore_args=restore)
@@ -57,6 +62,15 @@ def load_pytree(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"path: {folder} is no whole orbax checkpoint ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """One that does not wait for other hosts: each reads for itself, and the first one writes."""
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"host{host}"
+    )
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def _with_text_keys(tree: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madjax import calibration, checkpoint
+from madjax import calibration, checkpoint, hosts
 from madjax.coupling import lookup
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, RecordedDraws, StoredDraws
@@ -20,9 +20,14 @@ from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.perturbation import Gaussian, Perturbation, check_labels
 from madjax.sampling.restrict import path_names
 from madjax.scorer import Scorer, Scores, Traces
+from madjax.sharding import place, put_model
+from madjax.store import TraceStore
 from madjax.sweep import loss_matrix
 from madjax.traces import TraceMap
-from madjax.types import Batch, LossFn, Params, num_examples
+from madjax.types import Batch, LossFn, LossMatrix, Params, num_examples
+
+# fields of a detector that a file keeps as they are
+_SAVED = ("fpr", "per_class", "scale", "sample_forwards", "layout", "batch_size", "model_shards", "example_shapes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +45,9 @@ class Detector:
       per_class: whether each predicted class is calibrated by itself.
       scale: the scale of Gaussian draws, None for chains.
       sample_forwards: forward passes of one example that the fit took; a gradient counts as three.
-      layout, batch_size: of the sweep.
+      layout, batch_size, model_shards: of the sweep.
       example_shapes: shape of one trusted example by path, without the label.
+      test: losses `[num_draws, num_test]` and predicted classes of the test examples that the fit swept; not saved.
     """
 
     loss_fn: LossFn
@@ -54,7 +60,9 @@ class Detector:
     sample_forwards: int
     layout: str
     batch_size: int
+    model_shards: int
     example_shapes: dict[str, list[int]]
+    test: tuple[LossMatrix, np.ndarray | None] | None = None
 
     @classmethod
     def fit(
@@ -64,7 +72,9 @@ class Detector:
         params: Params,
         trusted: Batch,
         *,
+        test: Batch | None = None,
         sampling: Batch | None = None,
+        workdir: str | Path | None = None,
         perturbation: Perturbation = Gaussian(),  # noqa: B008 - frozen
         num_draws: int = 128,
         coupling: str = "topk_ccc",
@@ -73,6 +83,7 @@ class Detector:
         per_class: bool = False,
         layout: str = "auto",
         batch_size: int = 256,
+        model_shards: int = 1,
         progress: bool = False,
     ) -> Detector:
         """Draws parameters, sweeps the trusted examples and calibrates on them.
@@ -83,12 +94,18 @@ class Detector:
           trusted: pytree of arrays with a leading axis `[num_trusted]`, usually `{"image": ...}`; a few hundred
             examples that the usual mechanism is known to explain. A `label` in it is replaced by the model's own
             prediction where `loss_fn` can predict.
+          test: examples to sweep in the same pass, for `test`. Chains are then not kept, however many draws they
+            make, and walk again for a later `sweep`.
           sampling: examples with *true* labels for chains to train on; not needed for Gaussian draws.
+          workdir: folder where the losses are kept block by block. After an interruption the same call goes on from
+            there, to the same result; `madjax.open_traces` reads them.
           num_draws: draws in all.
           coupling: a name in `madjax.coupling.COUPLINGS`.
+          model_shards: over how many devices the parameters are split, see `loss_matrix`.
 
         Raises:
-          ValueError: arguments that cannot work, named with what came and what was wanted.
+          ValueError: arguments that cannot work, named with what came and what was wanted; a workdir with the losses
+            of other settings, which are named.
           FloatingPointError: parameters, inputs or losses that are not finite.
         """
         lookup(coupling)
@@ -98,28 +115,49 @@ class Detector:
         if num_examples(trusted, "trusted") < 2:
             raise ValueError(f"trusted: wanted a few hundred examples, got {num_examples(trusted)}")
         check_parameters(params)
+        if model_shards > 1:
+            params = put_model(params, place(num_examples(trusted), model_shards=model_shards))
         trusted = explain(loss_fn, params, trusted, "trusted")
+        examples, count = trusted, num_examples(trusted)
+        if test is not None:
+            check_shapes(test, _example_shapes(trusted))
+            test = explain(loss_fn, params, test, "examples")
+            examples = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), trusted, test)
         if sampling is not None:
             check_examples(sampling, "sampling")
             if hasattr(loss_fn, "num_classes"):
                 check_labels(np.asarray(sampling["label"]), loss_fn.num_classes(params, sampling), "sampling")  # pyright: ignore
+        store = None
+        if workdir is not None:
+            given = {"model": params, "trusted": trusted, "test": test, "sampling": sampling}
+            settings = {"perturbation": type(perturbation).__name__, **dataclasses.asdict(perturbation)}
+            settings |= {"rng_key": fingerprint(rng_key), "num_draws": num_draws, "model_shards": model_shards}
+            settings |= {"layout": layout, "batch_size": batch_size}
+            split = {"trusted": count} | ({} if test is None else {"test": num_examples(test)})
+            store = _store(workdir, given, settings, split, _classes(examples))
         perturbed = perturbation.perturb(rng_key, loss_fn, params, trusted, sampling, num_draws)
         draws = perturbed.draws
-        # a chain is walked once and kept; Gaussian draws come back from their key
-        recorded = draws if isinstance(draws, GaussianDraws) else RecordedDraws(draws)
-        losses = loss_matrix(loss_fn, recorded, trusted, layout=layout, batch_size=batch_size, progress=progress)
+        if test is None and not isinstance(draws, GaussianDraws):
+            # a chain is walked once and kept; Gaussian draws come back from their key
+            draws = RecordedDraws(draws)
+        losses = loss_matrix(
+            loss_fn, draws, examples, layout=layout, batch_size=batch_size, model_shards=model_shards, store=store,
+            progress=progress,
+        )  # fmt: skip
         return cls(
             loss_fn,
             params,
-            recorded.stored() if isinstance(recorded, RecordedDraws) else recorded,
-            Scorer.fit(losses, _classes(trusted), coupling=coupling, traces=traces),
+            draws.stored() if isinstance(draws, RecordedDraws) else draws,
+            Scorer.fit(losses[:, :count], _classes(trusted), coupling=coupling, traces=traces),
             fpr,
             per_class,
             perturbed.scale,
-            perturbed.forwards + losses.size,
+            perturbed.forwards + losses[:, :count].size,
             layout,
             batch_size,
+            model_shards,
             _example_shapes(trusted),
+            None if test is None else (losses[:, count:], _classes(test)),
         )
 
     def score(self, examples: Batch, *, progress: bool = False) -> Scores:
@@ -129,17 +167,30 @@ class Detector:
         """
         return self.score_losses(*self.sweep(examples, progress=progress))
 
-    def sweep(self, examples: Batch, *, progress: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """The losses `[num_draws, num_test]` of new examples at the detector's draws, and their predicted classes."""
+    def sweep(
+        self, examples: Batch, *, workdir: str | Path | None = None, progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The losses `[num_draws, num_test]` of new examples at the detector's draws, and their predicted classes.
+
+        Args:
+          workdir: as for `fit`; another folder than the fit's.
+        """
         check_shapes(examples, self.example_shapes)
         examples = explain(self.loss_fn, self.params, examples, "examples")
+        store = None
+        if workdir is not None:
+            # the trusted losses tell draws apart, however they are made
+            given = {"model": self.params, "trusted_losses": self.scorer.trusted, "test": examples}
+            settings = {name: getattr(self, name) for name in ("layout", "batch_size", "model_shards")}
+            store = _store(workdir, given, settings, {"test": num_examples(examples)}, _classes(examples))
         losses = loss_matrix(
-            self.loss_fn, self.draws, examples, layout=self.layout, batch_size=self.batch_size, progress=progress
-        )
+            self.loss_fn, self.draws, examples, layout=self.layout, batch_size=self.batch_size,
+            model_shards=self.model_shards, store=store, progress=progress,
+        )  # fmt: skip
         return losses, _classes(examples)
 
     def score_losses(self, losses: np.ndarray, classes: np.ndarray | None) -> Scores:
-        """Scores from what `sweep` returned."""
+        """Scores from what `sweep` returned, or from `test`."""
         trusted_classes = self.scorer.trusted_classes
         if classes is not None and trusted_classes is not None:
             unseen = np.setdiff1d(classes, trusted_classes)
@@ -165,20 +216,16 @@ class Detector:
         """Writes the detector to the folder `path`, without the model: `load` is given it again.
 
         Raises:
-          ValueError: where `path` exists already.
+          ValueError: where `path` exists already, or the chains were not kept.
         """
+        if not isinstance(self.draws, GaussianDraws | StoredDraws):
+            raise ValueError("test: a detector of chains that was fitted together with test examples cannot be saved")
         scorer = self.scorer
         settings = {
             "model": fingerprint(self.params),
-            "fpr": self.fpr,
-            "per_class": self.per_class,
-            "scale": self.scale,
-            "sample_forwards": self.sample_forwards,
-            "layout": self.layout,
-            "batch_size": self.batch_size,
-            "example_shapes": self.example_shapes,
             "coupling": scorer.coupling,
             "traces": scorer.traces,
+            **{name: getattr(self, name) for name in _SAVED},
         }
         arrays: dict[str, Any] = {
             "trusted": scorer.trusted,
@@ -195,7 +242,7 @@ class Detector:
                 "scales": self.draws.scales,
                 "unit": dict(enumerate(self.draws.unit)),
             }
-        elif isinstance(self.draws, StoredDraws):
+        else:
             arrays["stored"] = dict(enumerate(jax.tree.leaves(self.draws.stacked)))
         checkpoint.save(path, settings, arrays)
 
@@ -229,7 +276,16 @@ class Detector:
             arrays["trusted_couplings"],
             None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"]),
         )
-        names = ("fpr", "per_class", "scale", "sample_forwards", "layout", "batch_size", "example_shapes")
+        names = (
+            "fpr",
+            "per_class",
+            "scale",
+            "sample_forwards",
+            "layout",
+            "batch_size",
+            "model_shards",
+            "example_shapes",
+        )
         return cls(loss_fn, params, draws, scorer, *(settings[name] for name in names))
 
 
@@ -237,7 +293,14 @@ def explain(loss_fn: LossFn, params: Params, examples: Batch, name: str) -> Batc
     """The examples, checked, with the model's own output as their label where the loss can tell it."""
     check_examples(examples, name)
     label = getattr(loss_fn, "label", None)
-    return examples if label is None else label(params, examples)
+    if label is None or jax.process_count() == 1:
+        return examples if label is None else label(params, examples)
+    # every host asks about its own examples; one that has none asks about the first, and drops the answer
+    count = num_examples(examples)
+    here = hosts.host_range(count)
+    some = slice(here.start, here.stop) if here.stop > here.start else slice(0, 1)
+    labels = np.asarray(label(params, jax.tree.map(lambda leaf: leaf[some], examples))["label"])
+    return {**examples, "label": hosts.gather(labels[: here.stop - here.start], count)}
 
 
 def check_examples(examples: Batch, name: str) -> None:
@@ -277,13 +340,28 @@ def check_parameters(params: Params) -> None:
             ensure_finite(np.asarray(leaf), f"params: {name}")
 
 
-def fingerprint(params: Params) -> str:
-    """SHA-256 of the parameters' names and bytes."""
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of the names and bytes of a pytree's arrays."""
     digest = hashlib.sha256()
-    for name, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
+    for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
+        leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _store(
+    workdir: str | Path,
+    given: dict[str, Any],
+    settings: dict[str, Any],
+    split: dict[str, int],
+    classes: np.ndarray | None,
+) -> TraceStore:
+    """Losses kept under all that they depend on; `given` are pytrees of arrays."""
+    settings = {name: None if tree is None else fingerprint(tree) for name, tree in given.items()} | settings
+    settings |= {"num_hosts": jax.process_count(), "device": jax.devices()[0].device_kind}
+    hosts.agree("workdir", settings)
+    return TraceStore(workdir, settings, split, classes)
 
 
 def _classes(examples: Batch) -> np.ndarray | None:

@@ -1,59 +1,102 @@
-"""Where the sweep's work goes: the one module that knows devices.
+"""Where the work goes on one host: the one module that knows devices.
 
-One mesh over all devices. The examples are split over it; where there are fewer examples than devices can share, the
-draws of a block are. Each device computes its part of the matrix on its own, and nothing is exchanged before the
-result is gathered.
+One mesh of three axes. Examples are split first; where there are fewer examples than devices can share, the draws of a
+block are split too. Each device then computes its part of the matrix on its own. A model too large for one device is
+split over the third axis, and only then do devices talk during a sweep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-Axis = Literal["examples", "draws"]
+_AXES = ("examples", "draws", "model")
 
 
 class Placement(NamedTuple):
-    """A mesh of one axis, and what is split over it."""
+    """A mesh of one host's devices, with the axes examples, draws and model."""
 
     mesh: Mesh
-    axis: Axis
 
     @property
     def num_devices(self) -> int:
         """Devices of the mesh."""
         return self.mesh.size
 
+    def parts(self, axis: str) -> int:
+        """In how many parts an axis is split."""
+        return self.mesh.shape[axis]
 
-def place(num_examples: int, devices: Sequence[Any] | None = None) -> Placement:
-    """Splits examples where each device gets at least one, else draws; over all devices of the default backend."""
-    devices = jax.devices() if devices is None else devices
-    axis: Axis = "examples" if num_examples >= len(devices) else "draws"
-    return Placement(jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices), axis)
+
+def place(num_examples: int, devices: Sequence[Any] | None = None, model_shards: int = 1) -> Placement:
+    """Splits the model as told, then examples as far as each part gets one, then draws.
+
+    Args:
+      devices: all of this host where None.
+
+    Raises:
+      ValueError: where `model_shards` does not divide the devices.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    if model_shards < 1 or len(devices) % model_shards:
+        raise ValueError(f"model_shards: wanted a divisor of the {len(devices)} devices of a host, got {model_shards}")
+    rest = len(devices) // model_shards
+    parts = max(n for n in range(1, rest + 1) if rest % n == 0 and n <= max(1, num_examples))
+    shape = (parts, rest // parts, model_shards)
+    return Placement(jax.make_mesh(shape, _AXES, axis_types=(AxisType.Auto,) * 3, devices=devices))
 
 
 def split(block_fn: Callable[..., jax.Array], placement: Placement) -> Callable[..., jax.Array]:
     """`block_fn(draws, items, examples) -> [num_items, num_examples]` on every device's part, as one function.
 
-    Both counts must be multiples of the devices along the axis that is split.
+    The counts must be multiples of the parts of their axes. Over the model axis the compiler splits `block_fn` itself,
+    as the placement of the parameters asks.
     """
     if placement.num_devices == 1:
         return block_fn
-    everywhere, parts = PartitionSpec(), PartitionSpec(placement.axis)
-    if placement.axis == "examples":
-        in_specs, out_specs = (everywhere, everywhere, parts), PartitionSpec(None, "examples")
-    else:
-        in_specs, out_specs = (everywhere, parts, everywhere), parts
+    manual = {"examples", "draws"} | ({"model"} if placement.parts("model") == 1 else set())
     # a user's loss may hold a loop whose carry starts replicated, which the check of varying axes refuses
-    return jax.shard_map(block_fn, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(
+        block_fn,
+        mesh=placement.mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("draws"), PartitionSpec("examples")),
+        out_specs=PartitionSpec("draws", "examples"),
+        axis_names=manual,
+        check_vma=False,
+    )
 
 
 def put_examples(examples: Any, placement: Placement) -> Any:
-    """The examples on the devices: split over them, or whole on each."""
+    """The examples on the devices, split over their axis."""
     if placement.num_devices == 1:
         return jax.device_put(examples, placement.mesh.devices.item())
-    spec = PartitionSpec(placement.axis) if placement.axis == "examples" else PartitionSpec()
-    return jax.device_put(examples, jax.NamedSharding(placement.mesh, spec))
+    return jax.device_put(examples, NamedSharding(placement.mesh, PartitionSpec("examples")))
+
+
+def put_model(tree: Any, placement: Placement, *, stacked: bool = False) -> Any:
+    """Parameters on the devices: each matrix and kernel split over the model axis, along its longest axis that divides.
+
+    Args:
+      stacked: whether a leading axis counts draws, and is split over those.
+    """
+    if placement.num_devices == 1:
+        return tree
+
+    def put(leaf: Any) -> Any:
+        spec = _model_spec(leaf.shape[1:] if stacked else leaf.shape, placement.parts("model"))
+        return jax.device_put(
+            leaf, NamedSharding(placement.mesh, PartitionSpec(*(["draws"] if stacked else []), *spec))
+        )
+
+    return jax.tree.map(put, tree)
+
+
+def _model_spec(shape: tuple[int, ...], shards: int) -> list[str | None]:
+    spec: list[str | None] = [None] * len(shape)
+    divisible = [axis for axis, length in enumerate(shape) if length % shards == 0]
+    if shards > 1 and len(shape) > 1 and divisible:
+        spec[max(divisible, key=lambda axis: shape[axis])] = "model"
+    return spec

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from madjax import hosts
 from madjax.sampling.diagnostics import ensure_finite
-from madjax.sampling.draws import Draws
-from madjax.sharding import Placement, place, put_examples, split
+from madjax.sampling.draws import Draws, Walk
+from madjax.sharding import Placement, place, put_examples, put_model, split
+from madjax.store import BLOCK, TraceStore
 from madjax.types import Batch, LossFn, LossMatrix, num_examples
 
 # examples that a device holds at a time; more are passed again for every block of draws
@@ -65,9 +67,13 @@ def loss_matrix(
     layout: str = "auto",
     batch_size: int = 256,
     devices: Sequence[Any] | None = None,
+    model_shards: int = 1,
+    store: TraceStore | None = None,
     progress: bool = False,
 ) -> LossMatrix:
     """The loss of every example at every draw.
+
+    With several hosts each takes the examples of its `hosts.host_range`, and the result is gathered on all.
 
     Args:
       loss_fn: `(params, batch) -> float32 [n]`. Two calls with equal functions share one compilation.
@@ -75,60 +81,102 @@ def loss_matrix(
       examples: pytree of arrays with one leading axis, on the host or on the devices.
       layout: see `Layout.parse`; "auto" times one block of each candidate on this device and takes the fastest.
       batch_size: examples of one forward pass on one device.
-      devices: all of the default backend where None.
+      devices: all of this host where None.
+      model_shards: over how many devices of a host the parameters are split, for a model too large for one.
+      store: where every block goes once it is whole, as does what is done of a block when SIGTERM or Ctrl-C ends the
+        sweep; what is there is not computed again.
 
     Returns:
       Float32 `[num_draws, num_examples]` on the host. It does not depend on layout, batch size or devices beyond
-      rounding.
+      rounding, and not at all on interruptions.
 
     Raises:
       ValueError: no draws or examples, examples of unequal lengths, a loss that is not one number an example.
       FloatingPointError: a loss is not finite; the message names draw and example.
     """
-    count = num_examples(examples)
+    count, num_draws = num_examples(examples), draws.num_draws
     if count < 1:
         raise ValueError("examples: wanted at least one, got none")
-    if draws.num_draws < 1:
-        raise ValueError(f"draws: wanted at least one, got {draws.num_draws}")
-    placement = place(count, devices)
-    batch_size = min(batch_size, -(-count // placement.num_devices))
-    chunks = _Chunks(examples, count, batch_size, placement)
-    items = draws.items()
+    if num_draws < 1:
+        raise ValueError(f"draws: wanted at least one, got {num_draws}")
+    here = hosts.host_range(count)
+    count_here = here.stop - here.start
+    placement = place(count_here, devices, model_shards)
+    batch_size = min(batch_size, max(1, -(-count_here // placement.parts("examples"))))
+    chunks = _Chunks(jax.tree.map(lambda leaf: leaf[here], examples), count_here, batch_size, placement)
+    draws = put_model(draws, placement)
+    if store is not None:
+        layout = store.facts.get("layout", layout)  # another would round differently
     if layout == "auto":
-        chosen, items = _pick(loss_fn, draws, items, chunks.probe(), batch_size, placement)
-    else:
-        chosen = Layout.parse(layout)
-    matrix = np.empty((draws.num_draws, count), np.float32)
-    with tqdm(total=draws.num_draws, desc=f"sweep {chosen}", unit="draw", disable=not progress) as bar:
-        row = 0
-        for block in _blocks(items, _block_size(chosen, placement)):
-            size = min(len(block), draws.num_draws - row)
-            # every chunk is queued before the first is waited for
-            losses = [_call(loss_fn, draws, block, chunk, chosen, batch_size, placement) for chunk in chunks]
-            matrix[row : row + size] = np.concatenate([np.asarray(x)[:size] for x in losses], axis=1)[:, :count]
-            for offset in range(size):
-                ensure_finite(matrix[row + offset], f"losses of draw {row + offset}")
-            row += size
-            bar.update(size)
-    return matrix
+        picked = _pick(loss_fn, draws, chunks.probe(), batch_size, placement) if count_here else None
+        layout = hosts.first(str(picked))
+    chosen = Layout.parse(layout)
+    size = _block_size(chosen, placement)
+    rows = _Rows(store, num_draws, count_here, size)
+    walk = draws.items(rows.stop, rows.state)
+    if store is not None:
+        block_size = -(-BLOCK // size) * size
+        store.create(num_draws, block_size, str(chosen), getattr(draws, "num_chains", 1), walk.info())
+    with tqdm(total=num_draws, initial=rows.stop, desc=f"sweep {chosen}", unit="draw", disable=not progress) as bar:
+        try:
+            while count_here and (block := list(islice(walk, size))):
+                # every chunk is queued before the first is waited for
+                parts = [_call(loss_fn, draws, block, chunk, chosen, batch_size, placement) for chunk in chunks]
+                rows.add(
+                    np.concatenate([np.asarray(part)[: len(block)] for part in parts], axis=1)[:, :count_here], walk
+                )
+                bar.update(len(block))
+        except (KeyboardInterrupt, SystemExit):
+            rows.save()
+            raise
+    return hosts.gather(rows.losses, count, axis=1) if store is None else store.read()
+
+
+class _Rows:
+    """The rows of the matrix as they come, and how many of them the store has.
+
+    Attributes:
+      losses: `[num_draws, num_here]`; stop: rows that are there; state: where the walk stands after them.
+    """
+
+    def __init__(self, store: TraceStore | None, num_draws: int, count: int, multiple: int):
+        self.losses = np.empty((num_draws, count), np.float32)
+        whole = store.whole() if store is not None else self.losses[:0]
+        # blocks begin where they would have begun, so that every draw is computed in the same company
+        self.stop = len(whole) if len(whole) == num_draws else len(whole) // multiple * multiple
+        self.losses[: self.stop] = whole[: self.stop]
+        self.state = store.state(self.stop) if store is not None and self.stop else None
+        self._store, self._first, self._saved, self._info = store, self.stop, self.stop, {}
+
+    def add(self, losses: np.ndarray, walk: Walk) -> None:
+        for offset, row in enumerate(losses):
+            ensure_finite(row, f"losses of draw {self.stop + offset}")
+        stop = self.stop + len(losses)
+        self.losses[self.stop : stop] = losses
+        # in one step, for a signal may come at any time
+        self.stop, self.state, self._info = stop, walk.state(), walk.info()
+        if self._store is not None and (stop - self._saved >= self._store.block or stop == len(self.losses)):
+            self.save()
+
+    def save(self) -> None:
+        stop, state = self.stop, self.state
+        if self._store is None or stop == self._saved:
+            return
+        seen = {name: values[self._saved - self._first : stop - self._first] for name, values in self._info.items()}
+        self._store.write(self._saved, self.losses[self._saved : stop], seen, state)
+        self._saved = stop
 
 
 def _block_size(layout: Layout, placement: Placement) -> int:
-    return layout.draws_per_call * (placement.num_devices if placement.axis == "draws" else 1)
-
-
-def _blocks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while block := list(islice(items, size)):
-        yield block
+    return layout.draws_per_call * placement.parts("draws")
 
 
 class _Chunks:
     """The examples in pieces of one shape that a device's memory can hold; the padding repeats the last example."""
 
     def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement):
-        parts = placement.num_devices if placement.axis == "examples" else 1
-        multiple = batch_size * parts
-        size = min(-(-count // multiple), max(1, _CHUNK // batch_size)) * multiple
+        multiple = batch_size * placement.parts("examples")
+        size = min(max(1, -(-count // multiple)), max(1, _CHUNK // batch_size)) * multiple
         self._placement, self._multiple = placement, multiple
         self._padded = jax.tree.map(lambda leaf: _pad(leaf, -count % size), examples)
         self._starts, self._size = range(0, count, size), size
@@ -164,7 +212,7 @@ def _call(
 ) -> jax.Array:
     # a short last block is filled up, so that one program serves all
     block = block + block[-1:] * (_block_size(layout, placement) - len(block))
-    items = jax.tree.map(lambda *leaves: jnp.stack(leaves), *block)
+    items = put_model(jax.tree.map(lambda *leaves: jnp.stack(leaves), *block), placement, stacked=True)
     return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
 
 
@@ -201,24 +249,22 @@ def _draw_losses(loss_fn: LossFn, params: Any, examples: Batch, batch_size: int)
     return jax.lax.map(batch_losses, batches).reshape(count)
 
 
-def _pick(
-    loss_fn: LossFn, draws: Draws, items: Iterator[Any], probe: Batch, batch_size: int, placement: Placement
-) -> tuple[Layout, Iterator[Any]]:
-    """The fastest candidate on one batch of examples; the items it looked at are put back."""
+def _pick(loss_fn: LossFn, draws: Draws, probe: Batch, batch_size: int, placement: Placement) -> Layout:
+    """The fastest candidate on one batch of examples."""
     shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (draws, probe))
     key = (loss_fn, str(shapes), batch_size, placement)
     if key in _picked:
-        return _picked[key], items
-    seen = list(islice(items, max(_block_size(candidate, placement) for candidate in CANDIDATES)))
+        return _picked[key]
+    item = draws.any_item()
     seconds: dict[Layout, float] = {}
     for candidate in CANDIDATES:
-        block = seen[: _block_size(candidate, placement)]
-        if len(block) < candidate.draws_per_call:
+        size = _block_size(candidate, placement)
+        if size > max(draws.num_draws, placement.parts("draws")):
             continue  # fewer draws than one call would take
 
-        def run(block: list[Any] = block, candidate: Layout = candidate) -> float:
+        def run(candidate: Layout = candidate, size: int = size) -> float:
             start = time.perf_counter()
-            _call(loss_fn, draws, block, probe, candidate, batch_size, placement).block_until_ready()
+            _call(loss_fn, draws, [item] * size, probe, candidate, batch_size, placement).block_until_ready()
             return (time.perf_counter() - start) / candidate.draws_per_call
 
         run()  # compiles
@@ -227,4 +273,4 @@ def _pick(
         if seconds[candidate] < 1.5 * min(seconds.values()):
             seconds[candidate] = min(seconds[candidate], run(), run())
     _picked[key] = min(seconds, key=seconds.__getitem__)
-    return _picked[key], chain(seen, items)
+    return _picked[key]

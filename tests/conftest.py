@@ -18,6 +18,7 @@ from flax import nnx  # noqa: E402
 
 from madjax import from_nnx  # noqa: E402
 from madjax.models import DigitsCNN  # noqa: E402
+from tests.own_model import make_files  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,9 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"development data is not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory):
+    """A folder with weights, trusted and test examples, as a user would bring them."""
+    return make_files(tmp_path_factory.mktemp("own"))

@@ -62,7 +62,7 @@ def test_save_load_score(model, images, perturbation, tmp_path):
     other = jax.tree.map(lambda x: x * 2, model[1])
     with pytest.raises(ValueError, match=r"params: .* other parameters"):
         Detector.load(tmp_path / "detector", model[0], other)
-    with pytest.raises(ValueError, match=r"path: .* holds no saved detector"):
+    with pytest.raises(ValueError, match=r"path: .* holds nothing saved by madjax"):
         Detector.load(tmp_path, *model)
 
 

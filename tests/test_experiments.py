@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+
+from tests.own_model import score_flags
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
@@ -141,32 +142,8 @@ def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, tmp
     assert not (tmp_path / "models").exists()
 
 
-@pytest.fixture(scope="module")
-def own_model(tmp_path_factory):
-    """Weights of a BadNets CNN for 28×28 images, trusted and test examples, as a user would bring them."""
-    folder = tmp_path_factory.mktemp("own")
-    rng = np.random.default_rng(0)
-    shapes = {"conv1": (16, 1, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 512), "fc2": (10, 512)}
-    weights = {f"{name}.weight": rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}
-    weights |= {f"{name}.bias": np.zeros(shape[0]) for name, shape in shapes.items()}
-    weights["fc2.weight"] *= 300  # sure of its outputs
-    save_file({name: value.astype(np.float32) for name, value in weights.items()}, folder / "model.safetensors")
-    image = rng.integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
-    np.savez(folder / "trusted.npz", image=image[:50], id=[f"good{i}" for i in range(50)])
-    np.savez(folder / "test.npz", image=image[50:], is_anomalous=np.arange(40) >= 30)
-    np.savez(folder / "unknown.npz", image=image[50:])
-    return folder
-
-
-def _score_flags(folder, workdir, test="test.npz"):
-    return [
-        "--architecture=badnets_cnn", f"--checkpoint={folder}/model.safetensors", f"--trusted={folder}/trusted.npz",
-        f"--test={folder}/{test}", f"--workdir={workdir}", "--num_draws=8", "--layout=host",
-    ]  # fmt: skip
-
-
 def test_score(own_model, tmp_path):
-    done = run("score", *_score_flags(own_model, tmp_path))
+    done = run("score", *score_flags(own_model, tmp_path))
     with (tmp_path / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 40
@@ -177,7 +154,7 @@ def test_score(own_model, tmp_path):
     assert "flagged at 5.0%" in done.stdout
     before = (tmp_path / "scores.csv").read_text()
     # later, on examples of which nothing is known, by the kept detector
-    run("score", *_score_flags(own_model, tmp_path, "unknown.npz"))
+    run("score", *score_flags(own_model, tmp_path, "unknown.npz"))
     with (tmp_path / "scores.csv").open() as file:
         again = list(csv.DictReader(file))
     assert "is_anomalous" not in again[0]
@@ -186,13 +163,13 @@ def test_score(own_model, tmp_path):
 
 
 def test_score_with_ones_own_loss(own_model, tmp_path):
-    flags = [flag for flag in _score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
+    flags = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
     run("score", "--loss_fn=tests.own_model:load", *flags)
     assert (tmp_path / "scores.csv").exists()
 
 
 def test_score_bad_input(own_model, tmp_path):
-    flags = _score_flags(own_model, tmp_path)
+    flags = score_flags(own_model, tmp_path)
     floats = np.zeros((3, 28, 28, 1), np.float32)
     np.savez(tmp_path / "floats.npz", image=floats)
     np.savez(tmp_path / "colour.npz", image=np.zeros((3, 28, 28, 3), np.uint8))

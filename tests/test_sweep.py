@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madjax import loss_matrix, sweep
+from madjax import loss_matrix, sharding, sweep
 from madjax.sampling import ChainDraws, StoredDraws, Target, gaussian, sgld
 from tests import oracles
 
@@ -37,6 +37,39 @@ def test_draws_are_split_where_examples_are_few(digits_model, draws, examples, e
     np.testing.assert_allclose(
         loss_matrix(digits_model[0], draws, few, layout=layout), expected[:, :3], rtol=2e-6, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("layout", ["host", "scan3", "vmap4"])
+@pytest.mark.parametrize("num_model", [2, 4])
+def test_a_model_split_over_devices(digits_model, draws, examples, expected, layout, num_model):
+    matrix = loss_matrix(digits_model[0], draws, examples, layout=layout, batch_size=8, model_shards=num_model)
+    np.testing.assert_allclose(matrix, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_each_device_holds_its_part_of_a_split_model(digits_model, draws):
+    _, params = digits_model
+    sizes = {}
+    for shards in (1, 4):
+        placed = sharding.put_model(params, sharding.place(64, model_shards=shards))
+        first = jax.devices()[0]
+        sizes[shards] = sum(
+            shard.data.nbytes for leaf in jax.tree.leaves(placed) for shard in leaf.addressable_shards
+            if shard.device == first
+        )  # fmt: skip
+    assert sizes[4] < 0.3 * sizes[1]  # all but biases
+
+
+def test_examples_are_split_first_then_draws():
+    def shape(*args, **kwargs):
+        return tuple(sharding.place(*args, **kwargs).mesh.shape.values())
+
+    assert shape(37) == (4, 1, 1)
+    assert shape(3) == (2, 2, 1)
+    assert shape(1) == (1, 4, 1)
+    assert shape(37, model_shards=2) == (2, 1, 2)
+    assert shape(37, jax.devices()[:2]) == (2, 1, 1)
+    with pytest.raises(ValueError, match="model_shards: wanted a divisor of the 4 devices of a host, got 3"):
+        sharding.place(37, model_shards=3)
 
 
 def test_examples_that_do_not_fit_the_device_go_in_chunks(digits_model, draws, examples, expected, monkeypatch):

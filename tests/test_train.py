@@ -48,7 +48,7 @@ def test_resumed_equals_straight(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "resumed")
     monkeypatch.setattr(train, "_keep", keep)
-    (tmp_path / "resumed" / "epoch-00002").mkdir()  # cut off while it was written
+    (tmp_path / "resumed" / "epoch-00002.part").mkdir()  # cut off while it was written
     resumed, again = fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "resumed")
     assert again == loss
     jax.tree.map(np.testing.assert_array_equal, nnx.state(resumed), nnx.state(straight))

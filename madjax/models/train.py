@@ -113,13 +113,9 @@ def _keep(workdir: str | Path | None, epoch: int, loss: float, state: Any) -> No
 
 
 def _resume(workdir: str | Path | None, state: Any) -> tuple[int, float, Any]:
-    """First epoch to train, the loss before it, and the state; what an interruption left half is removed."""
-    for folder in sorted(Path(workdir).glob("epoch-*"), reverse=True) if workdir is not None else []:
-        try:
-            settings, arrays = checkpoint.load(folder)
-        except ValueError:
-            shutil.rmtree(folder)
-            continue
+    """First epoch to train, the loss before it, and the state."""
+    for folder in sorted(Path(workdir).glob("epoch-?????"), reverse=True) if workdir is not None else []:
+        settings, arrays = checkpoint.load(folder)
         leaves, tree = jax.tree.flatten(state)
         if len(leaves) != len(arrays) or any(_plain(x).shape != arrays[str(i)].shape for i, x in enumerate(leaves)):
             raise ValueError(f"workdir: {folder} holds the training of another model")

@@ -7,7 +7,6 @@ The steps run from a loop on the host over one compiled step: on the CPU backend
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax.sampling.diagnostics import ensure_finite
+from madjax.sampling.draws import WalkState
 from madjax.sampling.sgld import ChainState, Sampler, StepInfo
 from madjax.sampling.target import Target
 from madjax.types import Batch, Params, num_examples
@@ -55,28 +55,73 @@ class ChainDraws:
             raise ValueError(f"num_draws: {self.num_draws} is no multiple of num_chains, {self.num_chains}")
         num_examples(self.examples, "sampling")
 
-    def items(self) -> Iterator[Params]:
-        chains = [
-            _Chain(self, jax.random.fold_in(self.rng_key, chain), self.sampler.init(self.target.center))
-            for chain in range(self.num_chains)
-        ]
-        for draw in range(self.num_draws // self.num_chains):
-            steps = self.num_steps_between_draws + (self.num_burnin_steps if draw == 0 else 0)
-            for number, chain in enumerate(chains):
-                info = chain.advance(steps)
-                ensure_finite(np.asarray(info.loss), f"minibatch loss of chain {number} at draw {draw}")
-                yield chain.state.position
+    def items(self, start: int = 0, state: WalkState | None = None) -> ChainWalk:
+        return ChainWalk(self, start, state)
+
+    def any_item(self) -> Params:
+        return self.target.center
 
     def params(self, item: Params) -> Params:
         return item
 
 
-@dataclasses.dataclass
+class ChainWalk:
+    """A walk along the chains, which take turns."""
+
+    def __init__(self, draws: ChainDraws, start: int, state: WalkState | None):
+        self._draws, self._next = draws, 0 if state is None else start
+        self._chains = [
+            _Chain(draws, jax.random.fold_in(draws.rng_key, number), draws.sampler.init(draws.target.center))
+            for number in range(draws.num_chains)
+        ]
+        self._losses: list[float] = []
+        if state is not None:
+            for number, chain in enumerate(self._chains):
+                chain.restore({key: state[f"{number}/{key}"] for key in chain.saved()})
+        while self._next < start:
+            next(self)
+        self._losses.clear()
+
+    def __iter__(self) -> ChainWalk:
+        return self
+
+    def __next__(self) -> Params:
+        draws = self._draws
+        if self._next == draws.num_draws:
+            raise StopIteration
+        draw, number = divmod(self._next, draws.num_chains)
+        steps = draws.num_steps_between_draws + (draws.num_burnin_steps if draw == 0 else 0)
+        loss = np.asarray(self._chains[number].advance(steps).loss)
+        ensure_finite(loss, f"minibatch loss of chain {number} at draw {draw}")
+        self._losses.append(float(loss))
+        self._next += 1
+        return self._chains[number].state.position
+
+    def state(self) -> WalkState:
+        """Where every chain stands; `items` goes on from it to the bit."""
+        return {
+            f"{number}/{key}": leaf for number, chain in enumerate(self._chains) for key, leaf in chain.saved().items()
+        }
+
+    def info(self) -> dict[str, list[float]]:
+        """The mean loss, in nats, of the last minibatch before each item."""
+        return {"minibatch_loss": self._losses}
+
+
 class _Chain:
-    settings: ChainDraws
-    rng_key: jax.Array
-    state: ChainState
-    num_steps: int = 0
+    def __init__(self, settings: ChainDraws, rng_key: jax.Array, state: ChainState):
+        self.settings, self.rng_key, self.state = settings, rng_key, state
+        self.num_steps = 0
+        self._epoch, self._order = -1, np.zeros(0, int)
+
+    def saved(self) -> dict[str, Any]:
+        leaves = {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(self.state))}
+        return {"num_steps": self.num_steps, **leaves}
+
+    def restore(self, saved: WalkState) -> None:
+        self.num_steps = int(saved["num_steps"])
+        leaves, treedef = jax.tree.flatten(self.state)
+        self.state = jax.tree.unflatten(treedef, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])
 
     def advance(self, steps: int) -> StepInfo:
         settings = self.settings
@@ -96,10 +141,10 @@ class _Chain:
     def _minibatch(self) -> Batch:
         count = num_examples(self.settings.examples)
         epoch, batch = divmod(self.num_steps, -(-count // self.settings.batch_size))
-        if batch == 0:
+        if epoch != self._epoch:
             # a stream of its own, so that no shuffle shares a key with a step's noise
             shuffle_key = jax.random.fold_in(jax.random.fold_in(self.rng_key, 2**31 - 1), epoch)
-            self._order = np.asarray(jax.random.permutation(shuffle_key, count))
+            self._epoch, self._order = epoch, np.asarray(jax.random.permutation(shuffle_key, count))
         chosen = self._order[batch * self.settings.batch_size : (batch + 1) * self.settings.batch_size]
         return jax.tree.map(lambda x: x[chosen], self.settings.examples)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +11,25 @@ import jax
 import numpy as np
 
 from madjax.types import Params
+
+# flat dict of arrays: where a walk stands, for a file
+WalkState = dict[str, Any]
+
+
+class Walk(Protocol):
+    """An iterator over the items of a set of draws, which can say where it stands."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __next__(self) -> Any: ...
+
+    def state(self) -> WalkState | None:
+        """What `Draws.items` needs to go on after the last item; None where its number is enough."""
+        ...
+
+    def info(self) -> dict[str, list[float]]:
+        """What was seen on the way to each item of this walk so far, such as a minibatch's loss."""
+        ...
 
 
 class Draws(Protocol):
@@ -24,13 +43,40 @@ class Draws(Protocol):
     @property
     def num_draws(self) -> int: ...
 
-    def items(self) -> Iterator[Any]:
-        """Yields one pytree of arrays a draw, in order."""
+    def items(self, start: int = 0, state: WalkState | None = None) -> Walk:
+        """Yields one pytree of arrays a draw, in order, from draw `start` on.
+
+        Args:
+          state: of an earlier walk after `start` items; without it a chain walks there again.
+        """
+        ...
+
+    def any_item(self) -> Any:
+        """An item of the right shapes, to try a program with."""
         ...
 
     def params(self, item: Any) -> Params:
         """The parameters of one draw. Pure and traceable."""
         ...
+
+
+class IndexedWalk:
+    """A walk over items that can be told from their number."""
+
+    def __init__(self, item: Callable[[int], Any], start: int, stop: int):
+        self._item, self._numbers = item, iter(range(start, stop))
+
+    def __iter__(self) -> IndexedWalk:
+        return self
+
+    def __next__(self) -> Any:
+        return self._item(next(self._numbers))
+
+    def state(self) -> None:
+        return None
+
+    def info(self) -> dict[str, list[float]]:
+        return {}
 
 
 # a leafless pytree: inside the compiled sweep an item already is the parameters
@@ -49,9 +95,12 @@ class StoredDraws:
     def num_draws(self) -> int:
         return jax.tree.leaves(self.stacked)[0].shape[0]
 
-    def items(self) -> Iterator[Params]:
-        for index in range(self.num_draws):
-            yield jax.tree.map(lambda leaf, i=index: leaf[i], self.stacked)
+    def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
+        del state
+        return IndexedWalk(lambda index: jax.tree.map(lambda leaf: leaf[index], self.stacked), start, self.num_draws)
+
+    def any_item(self) -> Params:
+        return next(self.items())
 
     def params(self, item: Params) -> Params:
         return item
@@ -69,11 +118,16 @@ class RecordedDraws:
     def num_draws(self) -> int:
         return self._draws.num_draws
 
-    def items(self) -> Iterator[Params]:
+    def items(self, start: int = 0, state: WalkState | None = None) -> Walk:
+        del state  # what came before has to be seen again
         self._seen.clear()
-        for item in self._draws.items():
-            self._seen.append(jax.tree.map(np.asarray, item))
-            yield item
+        walk = _RecordingWalk(self._draws.items(), self._seen, start)
+        for _ in range(start):
+            next(walk)
+        return walk
+
+    def any_item(self) -> Params:
+        return self._draws.any_item()
 
     def params(self, item: Params) -> Params:
         return self._draws.params(item)
@@ -81,3 +135,24 @@ class RecordedDraws:
     def stored(self) -> StoredDraws:
         """What was walked; the sweep must have come to its end."""
         return StoredDraws(jax.tree.map(lambda *leaves: np.stack(leaves), *self._seen))
+
+
+@dataclasses.dataclass
+class _RecordingWalk:
+    walk: Walk
+    seen: list[Params]
+    start: int
+
+    def __iter__(self) -> _RecordingWalk:
+        return self
+
+    def __next__(self) -> Params:
+        item = next(self.walk)
+        self.seen.append(jax.tree.map(np.asarray, item))
+        return item
+
+    def state(self) -> None:
+        return None
+
+    def info(self) -> dict[str, list[float]]:
+        return {name: values[self.start :] for name, values in self.walk.info().items()}

@@ -10,7 +10,6 @@ pieces equals a run in one, and nothing needs to be stored but the key.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from madjax.sampling.draws import IndexedWalk, WalkState
 from madjax.types import Batch, LossFn, Params
 
 Noise = Literal["absolute", "relative", "curvature"]
@@ -54,8 +54,12 @@ class GaussianDraws:
         scales = jnp.full((num_draws or self.num_draws,), scale, jnp.float32)
         return dataclasses.replace(self, scales=scales)
 
-    def items(self) -> Iterator[np.int32]:
-        return iter(np.arange(self.num_draws, dtype=np.int32))
+    def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
+        del state
+        return IndexedWalk(np.int32, start, self.num_draws)
+
+    def any_item(self) -> np.int32:
+        return np.int32(0)
 
     def params(self, item: jax.Array) -> Params:
         key, scale = jax.random.fold_in(self.rng_key, item), self.scales[item]

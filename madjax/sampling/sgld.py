@@ -9,6 +9,7 @@ the Γ(θ) term. ε here is twice blackjax's step size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Sampler(NamedTuple):
 
 def sgld(loss_fn: LossFn, mask: Any, *, drift: bool = False) -> Sampler:
     """Plain SGLD over the leaves that `mask` marks; arguments as for `rmsprop_sgld`."""
-    return _langevin(loss_fn, mask, drift, lambda gradient, second_moment: (jnp.ones(()), second_moment))
+    return _langevin(loss_fn, tuple(jax.tree.leaves(mask)), drift, None, None)
 
 
 def rmsprop_sgld(loss_fn: LossFn, mask: Any, *, decay: float = 0.99, eps: float = 0.1, drift: bool = False) -> Sampler:
@@ -54,11 +55,7 @@ def rmsprop_sgld(loss_fn: LossFn, mask: Any, *, decay: float = 0.99, eps: float 
         loss with a `drift` method, as `ClassificationLoss` has.
     """
 
-    def precondition(gradient: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
-        second_moment = decay * second_moment + (1 - decay) * jnp.square(gradient)
-        return 1 / (jnp.sqrt(second_moment) + eps), second_moment
-
-    return _langevin(loss_fn, mask, drift, precondition)
+    return _langevin(loss_fn, tuple(jax.tree.leaves(mask)), drift, decay, eps)
 
 
 def langevin_update(
@@ -75,21 +72,24 @@ def langevin_update(
     return position - step_size / 2 * preconditioner * force + jnp.sqrt(step_size * preconditioner) * noise
 
 
-def _langevin(
-    loss_fn: LossFn,
-    mask: Any,
-    drift: bool,
-    precondition: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-) -> Sampler:
+# the same kernel for the same arguments, so that a second chain does not compile again
+@functools.lru_cache(maxsize=16)
+def _langevin(loss_fn: LossFn, drawn: tuple[bool, ...], drift: bool, decay: float | None, eps: float | None) -> Sampler:
     if drift and not hasattr(loss_fn, "drift"):
         raise ValueError(f"drift: {loss_fn} has no `drift` method, so its batch statistics cannot move")
-    drawn = jax.tree.leaves(mask)
+
+    def precondition(gradient: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if decay is None or eps is None:
+            return jnp.ones(()), second_moment
+        second_moment = decay * second_moment + (1 - decay) * jnp.square(gradient)
+        return 1 / (jnp.sqrt(second_moment) + eps), second_moment
 
     def init(params: Params) -> ChainState:
-        zeros = jax.tree.map(
-            lambda leaf, is_drawn: jnp.zeros(leaf.shape if is_drawn else (), jnp.float32), params, mask
-        )
-        return ChainState(params, zeros)
+        leaves, treedef = jax.tree.flatten(params)
+        moments = [
+            jnp.zeros(leaf.shape if is_drawn else (), jnp.float32) for leaf, is_drawn in zip(leaves, drawn, strict=True)
+        ]
+        return ChainState(params, jax.tree.unflatten(treedef, moments))
 
     def mean_loss(moving: list[jax.Array], position: Params, minibatch: Batch) -> tuple[jax.Array, Params]:
         leaves, treedef = jax.tree.flatten(position)
