@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import tarfile
+import zipfile
 import zlib
 
 import jax
@@ -22,6 +24,8 @@ from madjax.data import (
     parse_normalization,
     split_by_class,
 )
+from madjax.data.npz import read_npz
+from madjax.interop import guard
 
 
 def png(seed=0, size=(4, 4), mode="RGB", kind="PNG"):
@@ -198,13 +202,20 @@ def test_npz(tmp_path):
         ({"x_train": np.zeros((6, 4, 4, 3), np.float32)}, "images: float32 in .*, wanted uint8 in 0..255"),
         ({"x_train": np.zeros((6, 4, 4, 2), np.uint8)}, r"images: shape \(6, 4, 4, 2\) in .*, wanted \[n, height"),
         ({"x_train": np.zeros((0, 4, 4, 3), np.uint8)}, r"images: shape \(0, 4, 4, 3\)"),
-        ({"x_train": np.array([{}] * 6)}, "set.npz cannot be read as .npz: Object arrays cannot be loaded"),
+        ({"x_train": np.array([{}] * 6)}, "name: cannot read .*set.npz as npz .x_train.npy holds neither numbers nor"),
+        ({"x_train": np.zeros(6, [("a", "u1")])}, "name: cannot read .*set.npz as npz .x_train.npy holds neither"),
         ({"y_train": None}, "labels: none in"),
+        ({"x_train": None, "x_": np.zeros(3)}, "split: got 'train', wanted one of .*: all"),
         ({"y_train": np.arange(5)}, r"labels: int64 \(5,\) in .*, wanted int \(6,\)"),
         ({"y_train": np.arange(6.0)}, r"labels: float64 \(6,\)"),
         ({"y_train": np.arange(6) - 1}, "labels: -1..4 in .*, wanted 0.."),
         ({"y_train": np.arange(6) + 2**40}, "labels: 1099511627776..1099511627781"),
         ({"classes": np.array(["a", "b"])}, "labels: 0..2 in .*, wanted 0..1"),
+        ({"classes": np.array("a")}, "labels: 0..2 in .*, wanted 0..0"),
+        (
+            {"classes": np.frombuffer(b"\xff" * 12, "U1")},
+            "name: cannot read .*set.npz as npz .text of <U1 holds what is",
+        ),
         ({"track_train": np.arange(5)}, r"groups: int64 \(5,\)"),
     ],
 )
@@ -214,11 +225,108 @@ def test_wrong_arrays_are_refused(tmp_path, changes, message):
 
 def test_broken_npz_is_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
-    refuses("text.npz cannot be read as .npz: it is no zip file", str(tmp_path / "text.npz"), "train")
+    refuses("^name: cannot read .*text.npz as npz .File is not a zip file", str(tmp_path / "text.npz"), "train")
     good = bytearray((tmp_path / write_npz(tmp_path / "set.npz", arrays())).read_bytes())
     good[200] ^= 255
     (tmp_path / "bad.npz").write_bytes(good)
-    refuses("bad.npz cannot be read as .npz: .*CRC", str(tmp_path / "bad.npz"), "train")
+    refuses("^name: cannot read .*bad.npz as npz .*CRC", str(tmp_path / "bad.npz"), "train")
+
+
+def npy(shape, data=b"", dtype="|u1"):
+    """A .npy with a header of our own."""
+    head = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + data
+
+
+def write_zip(path, members, change=lambda entry: None):
+    """A compressed npz, its directory changed."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        for entry in archive.filelist:
+            change(entry)
+    return path
+
+
+MEMBERS = {
+    "more images than bytes": (npy((10**10, 32, 32, 3)), r"x.npy declares uint8 \(10000000000, 32, 32, 3\) and has 0"),
+    "fewer values than bytes": (npy((2, 3), bytes(7)), r"x.npy declares uint8 \(2, 3\) and has 7 bytes"),
+    "text of no length": (npy((10**9,), b"", "<U0"), "x.npy declares <U0"),
+    "a negative shape": (npy((-1, -6), bytes(6)), "."),
+    "a shape beyond 64 bits": (npy((0, 2**63)), "."),
+    "a shape of many digits": (npy("9" * 5000), "."),
+    "a nested shape": (npy("(" * 5000), "."),
+    "an unknown dtype": (npy((1,), b"a", "nonsense"), "."),
+    "no array": (b"text", "."),
+    "nothing": (b"", "."),
+}
+
+
+@pytest.mark.parametrize("kind", MEMBERS)
+def test_npz_members_are_refused_before_they_take_memory(tmp_path, kind):
+    data, message = MEMBERS[kind]
+    with pytest.raises(ValueError, match=rf"^here: cannot read .*x\.npz as npz \({message}") as caught:
+        read_npz("here", write_zip(tmp_path / "x.npz", {"x.npy": data}))
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: setattr(entry, "flag_bits", 1), "encrypted"),
+        (lambda entry: setattr(entry, "compress_type", 97), "compression"),
+        (lambda entry: setattr(entry, "compress_type", zipfile.ZIP_LZMA), "."),
+        (lambda entry: setattr(entry, "file_size", 2**29), "it unfolds from .* bytes to 536870912, wanted at most 256"),
+        (lambda entry: setattr(entry, "header_offset", 2**31), "."),
+    ],
+)
+def test_the_directory_of_an_npz(tmp_path, change, message):
+    path = write_zip(tmp_path / "x.npz", {"x.npy": npy((999,), bytes(range(256)) * 3 + bytes(231))}, change)
+    with pytest.raises(ValueError, match=rf"^here: cannot read .*x\.npz as npz \(.*{message}"):
+        read_npz("here", path)
+
+
+def test_npz_that_is_none(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    path = write_zip(tmp_path / "y.npz", {"x.npy": npy((999,), bytes(999))})
+    damaged = bytearray(path.read_bytes())
+    damaged[35:50] = b"\xff" * 15
+    (tmp_path / "y.npz").write_bytes(damaged)
+    for name in ("x.npz", "y.npz", "nothing.npz", "."):
+        with pytest.raises(ValueError, match=r"^here: cannot read .* as npz \(.") as caught:
+            read_npz("here", tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_all_arrays_of_an_npz_or_some(tmp_path):
+    made = {
+        "a": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "b": np.array(["x", "yz"], ">U2"),
+        "c": np.zeros((0, 3)),
+    }
+    np.savez_compressed(tmp_path / "x.npz", **made)
+    loaded = read_npz("here", tmp_path / "x.npz")
+    assert loaded.keys() == made.keys()
+    for name, array in made.items():
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].dtype == array.dtype
+    assert list(read_npz("here", tmp_path / "x.npz", {"b", "d"})) == ["b"]
+
+
+def test_names_in_files_come_short_and_on_one_line(tmp_path):
+    evil = "x\nerror: all is well\x1b[31m"
+    made = {f"x_{evil}": np.zeros((2, 4, 4), np.uint8), f"x_{'y' * 999}": np.zeros((2, 4, 4), np.uint8)}
+    escaped = r"x\\nerror: all is well\\x1b\[31m"
+    refuses(rf"wanted one of .*: {escaped}, y+\.\.\.$", write_npz(tmp_path / "x.npz", made), "train")
+    refuses(rf"labels: none in .*, split {escaped}, wanted", write_npz(tmp_path / "x.npz", made), evil)
+    refuses(f"'{escaped}', wanted only", str(write_folder(tmp_path / "a", {evil: b""})), "train")
+    tree = {f"train/cat/{evil}.png": b"no image"}
+    refuses(rf"train/cat/{escaped}\.png cannot be read", str(write_tar(tmp_path / "b.tar", tree)), "train")
+    tree = {f"train/cat/{evil}.png": png(), "train/cat/y.png": png(0, (5, 6))}
+    refuses(rf"size: train/cat/{escaped}\.png has", str(write_folder(tmp_path / "c", tree)), "train")
+    refuses(r"'y{197}\.\.\.', wanted only", str(write_tar(tmp_path / "d.tar", {"y" * 9999: b""})), "train")
 
 
 # ---------------------------------------------------------------- what is refused in folders and tars
@@ -244,7 +352,7 @@ def test_broken_npz_is_refused(tmp_path):
 )
 def test_hostile_tar_members_are_refused_by_name(tmp_path, info, message):
     path = write_tar(tmp_path / "set.tar", TREE, info)
-    refuses(message, str(path), "train")
+    refuses(f"^name: (?!.*cannot be read).*{message}", str(path), "train")
     assert sorted(tmp_path.rglob("*")) == [path]
 
 
@@ -274,6 +382,34 @@ def test_large_files_and_images_are_refused(tmp_path, monkeypatch):
     refuses("'train/cat/0.png' has .* bytes, wanted at most 15", str(root), "train")
     with pytest.raises(ValueError, match="image: it cannot be read: 4×4 pixels, wanted at most 15 in all"):
         files.decode_image(png(), "it")
+
+
+def test_images_that_are_far_larger_than_their_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "_FLOOR", 0)
+    tree = {f"train/cat/{i}.png": blank_png((128, 128)) for i in range(3)}
+    held = sum(map(len, tree.values()))
+    folder, tar = write_folder(tmp_path / "set", tree), write_tar(tmp_path / "set.tar", tree)
+    packed = write_tar(tmp_path / "set.tar.xz", {f"train/cat/{i}.bmp": bytes(2**16) for i in range(3)}, mode="w:xz")
+    assert len(load_images(str(folder), "train").images) == 3
+    refuses("^name: .*set.tar.xz unfolds from .* bytes to", str(packed), "train")
+    monkeypatch.setattr(guard, "_FOLD", 2)
+    refuses(f"^name: .*set unfolds from {held // 3} bytes to 16384", str(folder), "train")
+    refuses("^name: .*set.tar unfolds from .* bytes to 32768", str(tar), "train")
+
+
+def blank_png(size):
+    buffer = io.BytesIO()
+    Image.new("L", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("sparse", [{"GNU.sparse.map": "1,a"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}])
+def test_a_tar_with_a_malformed_map(tmp_path, sparse):
+    info = member("train/cat/0.png", size=4)
+    info.pax_headers = sparse
+    with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"text"))
+    refuses("^name: .*set.tar cannot be read as a tar: .", str(tmp_path / "set.tar"), "train")
 
 
 @pytest.mark.parametrize(

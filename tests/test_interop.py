@@ -1,10 +1,12 @@
 import collections
 import importlib.util
 import io
+import json
 import pickle
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,6 +17,8 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 
+from experiments import cases
+from madjax.interop import guard
 from madjax.interop.backdoorbench import load_backdoorbench
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import load_weights
@@ -144,10 +148,12 @@ def test_the_weights_are_found_in_a_torch_checkpoint(tmp_path, container, key, p
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ({"epoch": 3}, r"wanted one dict of arrays in the checkpoint, got 0: \[\]"),
-        ([1], "got 0"),
-        ({"model": {"a": np.ones(1)}, "net": {"a": np.ones(1)}}, r"got 2: \['model', 'net'\]"),
-        ({"one": {"a": np.ones(1)}, "two": {"a": np.ones(1)}}, r"got 2: \['one', 'two'\]"),
+        ({"epoch": 3}, "wanted one dict of arrays in the checkpoint, got none$"),
+        ([1], "got none$"),
+        ({"model": {"a": np.ones(1)}, "net": {"a": np.ones(1)}}, "got model, net$"),
+        ({"one": {"a": np.ones(1)}, "two": {"a": np.ones(1)}}, "got one, two$"),
+        ({1: {"a": np.ones(1)}, "b": {"a": np.ones(1)}}, "got 1, b$"),
+        ({"a\nb\x1b[31m": {"a": np.ones(1)}, "b" * 4000: {"a": np.ones(1)}}, r"got a\\nb\\x1b\[31m, b+\.\.\.$"),
         ({"module.a": np.ones(1), "a": np.ones(1)}, "differ only in a leading 'module.'"),
     ],
 )
@@ -164,7 +170,12 @@ def test_safetensors_come_back(tmp_path):
     whole = (tmp_path / "x.safetensors").read_bytes()
     for damaged in (b"", whole[:40], whole[:-1], b"\xff" * 8 + whole[8:]):
         (tmp_path / "x.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"path: .* is no whole safetensors file"):
+        with pytest.raises(ValueError, match=r"path: .* cannot be read as safetensors"):
+            load_weights(tmp_path / "x.safetensors")
+    for dtype, size in {"F8_E4M3": 1, "F8_E8M0": 1, "F4": 2}.items():
+        head = json.dumps({"a": {"dtype": dtype, "shape": [4 * size], "data_offsets": [0, 4]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(4))
+        with pytest.raises(ValueError, match=r"path: .* cannot be read as safetensors .*float"):
             load_weights(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"path: .* is not there"):
         load_weights(tmp_path / "y.safetensors")
@@ -262,6 +273,7 @@ def test_an_attack_result_that_torch_wrote(tmp_path):
     [
         ({"model_name": "gone"}, "attack_result.pt is no attack result .'model_name' is missing"),
         ({"model": "gone"}, "attack_result.pt is no attack result .'model' is missing"),
+        ({"num_classes": 2**31}, "malformed model_name, num_classes or clean_data"),
         ({"num_classes": -1}, "malformed model_name, num_classes or clean_data"),
         ({"clean_data": 3}, "malformed model_name, num_classes or clean_data"),
         ({"img_size": [32, 32]}, "malformed img_size"),
@@ -273,6 +285,38 @@ def test_an_attack_result_that_torch_wrote(tmp_path):
 def test_a_malformed_attack_result(tmp_path, changes, problem):
     with pytest.raises(ValueError, match=f"^path: .*{problem}"):
         load_backdoorbench(attack_result(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), np.float64(2), [1], "model_name"])
+def test_an_attack_result_of_another_kind(tmp_path, value):
+    payloads.write_zip(attack_result(tmp_path) / "attack_result.pt", pickle.dumps(value, 2))
+    with pytest.raises(ValueError, match=r"^path: attack_result.pt is no attack result \(it holds no dict\)$"):
+        load_backdoorbench(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"clean_data": "/etc/secret.npz"}, "the data set of .* is '/etc/secret.npz', wanted one of cifar10, cifar100"),
+        ({"clean_data": "huggingface:evil/ds"}, "the data set of .* is 'huggingface:evil/ds', wanted"),
+        ({"clean_data": "a\nb\x1b[31m"}, r"the data set of .* is 'a\\nb\\x1b\[31m', wanted"),
+        ({"model_name": "wrn60004_1"}, "the model of .* is 'wrn60004_1', wanted one of .*preact_resnet18"),
+    ],
+)
+def test_an_attack_result_chooses_among_known_names(tmp_path, monkeypatch, changes, problem):
+    monkeypatch.setattr(cases, "load_images", None)
+    with pytest.raises(ValueError, match=f"^backdoorbench: {problem}"):
+        cases.backdoorbench_case(attack_result(tmp_path, **changes), None, 0, None)
+
+
+@pytest.mark.parametrize(("dataset", "known_as"), [("tiny", "tiny_imagenet"), ("gtsrb", "gtsrb")])
+def test_backdoorbenchs_names_are_known(tmp_path, monkeypatch, dataset, known_as):
+    def load_images(name, split, data_dir):
+        raise InterruptedError(name)
+
+    monkeypatch.setattr(cases, "load_images", load_images)
+    with pytest.raises(InterruptedError, match=known_as):
+        cases.backdoorbench_case(attack_result(tmp_path, clean_data=dataset), None, 0, None)
 
 
 def png(width, height, mode="RGB"):
@@ -320,6 +364,28 @@ def test_a_malformed_image(tmp_path, file, content, problem):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^path: {problem}" if problem.startswith("bd") else problem):
         load_backdoorbench(tmp_path)
+
+
+def test_images_that_are_far_larger_than_their_files(tmp_path, monkeypatch):
+    folder = attack_result(tmp_path)
+    monkeypatch.setattr(guard, "_FLOOR", 0)
+    assert len(load_backdoorbench(folder).images) == 3
+    monkeypatch.setattr(guard, "_FOLD", 1)
+    with pytest.raises(ValueError, match=r"^path: bd_test_dataset unfolds from 75 bytes to 90, wanted at most"):
+        load_backdoorbench(folder)
+
+
+def test_an_image_that_may_not_be_read(tmp_path, monkeypatch):
+    folder, read_bytes = attack_result(tmp_path), Path.read_bytes
+
+    def refuse(path):
+        if path.suffix == ".png":
+            raise PermissionError("no")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"^path: bd_test_dataset cannot be read \(no\)$"):
+        load_backdoorbench(folder)
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -372,8 +438,6 @@ def test_what_does_not_fit_is_listed():
 
 def test_the_published_wrn_classifies(shared_data):
     """Clean accuracy and attack success of a public backdoored checkpoint, as its page states them."""
-    from experiments import cases
-
     case = cases.PUBLISHED["wrn16_1"](shared_data)
     counted = cases.count_examples(case, np.arange(0), np.arange(400))
     assert counted.accuracy == pytest.approx(0.834, abs=0.06)

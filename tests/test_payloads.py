@@ -69,6 +69,7 @@ def legacy(body, storages=()):
 
 
 SYSTEM = call("os.system", text(COMMAND))
+DTYPE_U1 = call("numpy.dtype", text("u1"))
 DTYPE_O = call("numpy.dtype", text("O8"), b"K\x00K\x01")
 ARRAY = call("numpy.core.multiarray._reconstruct", name("numpy.ndarray"), b"K\x00\x85", text("b"))
 
@@ -300,6 +301,60 @@ BOMBS = {
         + (ARRAY + b"(K\x01" + numbers(10**4) + DTYPE_O + b"\x89h\x00tb") * 199 + b"e",
         "unfolds to more than 8 times",
     ),
+    "arrays from one text": (
+        text("x" * 10**5) + b"q\x000(K\x01" + number(10**5) + b"\x85" + DTYPE_U1 + b"\x89h\x00tq\x010]("
+        + (ARRAY + b"h\x01b") * 999 + b"e",
+        "unfolds to more than 8 times",
+    ),
+    "arrays of text from one content": (
+        b"B" + struct.pack("<I", 4 * 10**5) + b"a\0\0\0" * 10**5 + b"q\x000(K\x01K\x01\x85"
+        + call("numpy.dtype", text("U100000")) + b"\x89h\x00tq\x010](" + (ARRAY + b"h\x01b") * 99 + b"e",
+        "unfolds to more than 8 times",
+    ),
+    "sets": (b"](" + b"\x8f" * 2**16 + b"e", "unfolds to more than 8 times"),
+    "dicts": (b"](" + b"}" * 2**18 + b"e", "unfolds to more than 8 times"),
+    "dicts by calls": (
+        name("collections.OrderedDict") + b"q\x000](" + b"h\x00)R" * 2**18 + b"e", "unfolds to more than 8 times"
+    ),
+    "places in the memo": (b"N" + b"\x94" * 2**19, "unfolds to more than 8 times"),
+    "tensors of nothing": (
+        storage(1) + b"q\x000(h\x00K\x00))\x89Ntq\x010" + name("torch._utils._rebuild_tensor_v2") + b"q\x020]("
+        + b"h\x02h\x01R" * 2**15 + b"e",
+        "unfolds to more than 8 times",
+    ),
+    "marks": (b"(" * 2**20, "nested deeper than 100 levels"),
+    "arguments from one tuple": (
+        b"(" + text("u1") + b"N" * 10**4 + b"tq\x000" + name("numpy.dtype") + b"q\x010](" + b"h\x01h\x00R" * 999 + b"e",
+        "unfolds to more than 8 times",
+    ),
+    "states from one tuple": (
+        b"(K\x03" + text("|") + b"N" * 10**4 + b"tq\x000" + DTYPE_U1 + b"h\x00b" * 999, "unfolds to more than 8 times"
+    ),
+    "a long tuple as a key": (b"}(" + b"N" * 17 + b"tNs", "a tuple stands as a dict key"),
+    "a tuple in a tuple as a key": (b"})\x85Ns", "a tuple stands as a dict key"),
+    "many tuples as keys": (
+        b"\x8f(" + b"".join(number(n) + b"\x85" for n in range(4097)) + b"\x90", "more than 4096 tuples stand as dict"
+    ),
+    "many tuples as keys by calls": (
+        name("builtins.set") + b"](" + b"".join(number(n) + b"\x85" for n in range(4097)) + b"e\x85R",
+        "more than 4096 tuples stand as dict",
+    ),
+    "a number of 65 bits as a key": (b"}" + number(2**64) + b"Ns", "a int stands as a dict key"),
+    "a negative number of 65 bits in a set": (b"\x8f(" + number(-(2**63) - 1) + b"\x90", "a int stands as a dict key"),
+    "a number of 65 bits in a tuple": (b"}" + number(2**64) + b"\x85Ns", "a tuple stands as a dict key"),
+    "a long text as a key": (b"}" + text("x" * 4097) + b"Ns", "a str stands as a dict key"),
+    "a complex number as a key": (
+        b"}" + call("numpy.core.multiarray.scalar", call("numpy.dtype", text("c8")), b"C\x08" + bytes(8)) + b"Ns",
+        "a complex64 stands as a dict key",
+    ),
+    "a long text as a storage's": (storage(1, "0" * 4097), "a str stands as a dict key"),
+    "a scalar of no character": (
+        call("numpy.core.multiarray.scalar", call("numpy.dtype", text("U1")), b"C\x04" + b"\xff" * 4), "is no character"
+    ),
+    "an array of no character": (
+        ARRAY + b"(K\x01K\x01\x85" + call("numpy.dtype", text("U1")) + b"\x89C\x04" + b"\xff" * 4 + b"tb",
+        "is no character",
+    ),
     "nested lists": (b"]" * 30000 + b"a" * 29999, "nested deeper than 100 levels"),
     "nested tuples": (b")" + b"\x85" * 30000, "nested deeper than 100 levels"),
     "nested dicts": (b"}" + b"K\x00}" * 10**4 + b"s" * 10**4, "nested deeper than 100 levels"),
@@ -333,6 +388,26 @@ def frugal():
 def test_a_bomb_is_refused_before_it_takes_memory(folder, frugal, bomb):
     body, problem = BOMBS[bomb]
     assert problem in refusal(write_zip(folder / "x.pt", b"\x80\x02" + body + b".", [bytes(4)]))
+
+
+def test_small_objects_of_an_honest_file(folder):
+    """They may be many, and be keys."""
+    honest = [{"index": n, n: (n, 1), (n % 99, "x"): {n, None, 2.5, "y"}} for n in range(4096)] + [[]] * 9
+    honest += [(n, {}) for n in range(10**5)]
+    loaded = load_torch_checkpoint(write_zip(folder / "x.pt", pickle.dumps(honest, 2)))
+    assert loaded == honest
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"), [(MemoryError(), "takes more memory than there is"), (PermissionError("no"), r"\(no\)")]
+)
+def test_what_the_machine_cannot_read(folder, monkeypatch, error, problem):
+    def read_bytes(path):
+        raise error
+
+    (folder / "x.pt").touch()
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert re.search(problem, refusal(folder / "x.pt"))
 
 
 def test_a_high_memo_index_costs_nothing(folder, frugal):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
+
+from madjax.interop.guard import Refused, check_unfolded, shown
 
 LIMIT = 2**26  # bytes of a file and pixels of an image: far above any data set's, far below what fills a memory
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # pillow's others call programs, or are no photographs
@@ -31,23 +31,31 @@ def list_image_files(path: Path) -> list[str]:
         if not parts or any(part.startswith(".") for part in parts):  # a tar may name its own folder, "./"
             continue
         if len(parts) > 2 if is_folder else len(parts) != 3:
-            raise ValueError(f"name: {path} holds {name!r}, wanted only <split>/<class>/<file>")
+            raise ValueError(f"name: {path} holds '{shown(name)}', wanted only <split>/<class>/<file>")
         if name in files:
-            raise ValueError(f"name: {path} holds {name!r} twice, wanted it once")
+            raise ValueError(f"name: {path} holds '{shown(name)}' twice, wanted it once")
         (folders if is_folder else files).add(name)
     if not files:
         raise ValueError(f"name: {path} holds no files, wanted <split>/<class>/<file>")
     empty = folders - {parent for name in files for parent in (name.rpartition("/")[0], name.partition("/")[0])}
     if empty:
-        raise ValueError(f"name: {path} holds the empty folder {min(empty)!r}, wanted images in it")
+        raise ValueError(f"name: {path} holds the empty folder '{shown(min(empty))}', wanted images in it")
     return sorted(files)
 
 
 def read_image_files(path: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named files as (name, uint8 `[height, width, 1 or 3]`), in one pass and in the order of the folder or tar."""
+    """The named files as (name, uint8 `[height, width, 1 or 3]`), in one pass and in the order of the folder or tar.
+
+    Raises:
+      ValueError: for an image that `decode_image` refuses, or images that together are far larger than their files.
+    """
+    held, size = (0 if path.is_dir() else path.stat().st_size), 0
     for name, _, data in _entries(path, names):
         if data is not None:
-            yield name, decode_image(data, f"{path}: {name}")
+            image = decode_image(data, f"{path}: {shown(name)}")
+            held, size = held + (len(data) if path.is_dir() else 0), size + image.nbytes
+            check_unfolded(f"name: {path}", size, held)
+            yield name, image
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -64,7 +72,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
                 raise ValueError(f"mode {image.mode}, wanted 8 bits a channel")
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except Exception as error:  # pillow's decoders raise nearly anything on broken files
-        raise ValueError(f"image: {name} cannot be read: {error}") from None
+        raise ValueError(f"image: {name} cannot be read: {shown(error)}") from None
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -81,14 +89,14 @@ def _folder_entries(root: Path, wanted: Collection[str]) -> Iterator[tuple[str, 
             item = Path(folder, entry)
             name = item.relative_to(root).as_posix()
             if item.is_symlink() and not item.resolve().is_relative_to(inside):
-                raise ValueError(f"name: {root} holds {name!r}, a link out of it, wanted files inside")
+                raise ValueError(f"name: {root} holds '{shown(name)}', a link out of it, wanted files inside")
             if item.is_dir():
                 yield name, True, None
             elif item.is_file():
                 _check_size(name, item.stat().st_size)
                 yield name, False, item.read_bytes() if name in wanted else None
             else:
-                raise ValueError(f"name: {root} holds {name!r}, a broken link or a device, wanted files")
+                raise ValueError(f"name: {root} holds '{shown(name)}', a broken link or a device, wanted files")
 
 
 class _Member(tarfile.TarInfo):
@@ -102,21 +110,26 @@ class _Member(tarfile.TarInfo):
 
 
 def _tar_entries(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, bool, bytes | None]]:
+    held, size = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
             for member in tar:  # member after member: each is checked before its content is read or passed over
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    raise ValueError(f"name: {path} holds {member.name!r}, wanted names inside the tar")
+                    raise Refused(f"name: {path} holds '{shown(member.name)}', wanted names inside the tar")
                 if not (member.isreg() or member.isdir()):
-                    raise ValueError(f"name: {path} holds {member.name!r}, a link or a device, wanted files")
+                    raise Refused(f"name: {path} holds '{shown(member.name)}', a link or a device, wanted files")
                 _check_size(member.name, member.size)
+                size += member.size
+                check_unfolded(f"name: {path}", size, held)
                 content = tar.extractfile(member) if str(name) in wanted else None
                 yield str(name), member.isdir(), content and content.read()
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"name: {path} cannot be read as a tar: {error}") from None
+    except Refused:
+        raise
+    except Exception as error:  # tarfile and its decompressors raise nearly anything on broken files
+        raise ValueError(f"name: {path} cannot be read as a tar: {shown(error)}") from None
 
 
 def _check_size(name: str, size: int) -> None:
     if size > LIMIT:
-        raise ValueError(f"name: {name!r} has {size} bytes, wanted at most {LIMIT}")
+        raise Refused(f"name: '{shown(name)}' has {size} bytes, wanted at most {LIMIT}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +11,9 @@ from PIL import Image
 
 from madjax.data.digits import digits
 from madjax.data.files import decode_image, list_image_files, read_image_files
+from madjax.data.npz import npz_names, read_npz
 from madjax.data.splits import balanced_subset, split_by_class
+from madjax.interop.guard import shown
 
 FILES = {
     "cifar10": "cifar10.npz",
@@ -109,38 +108,26 @@ def _find_split(split: str, available: Collection[str], where: str | Path) -> st
     for name in (split, *(alias for aliases in ALIASES if split in aliases for alias in aliases)):
         if name in available:
             return name
-    raise ValueError(f"split: got {split!r}, wanted one of {where}: {', '.join(sorted(available))}")
+    raise ValueError(f"split: got {split!r}, wanted one of {where}: {shown(', '.join(sorted(available)))}")
 
 
 def _open_npz(path: Path, split: str) -> _Source:
     stems = {"images": ("x", "image", "images"), "labels": ("y", "label", "labels"), "groups": ("track", "group")}
-    with _npz_arrays(path) as arrays:
-        keys = set(arrays)
-    splits = {key.partition("_")[2] or "all" for key in keys if key.partition("_")[0] in stems["images"]}
+    parts = [key.partition("_") for key in npz_names("name", path)]
+    splits = {suffix or "all" for stem, _, suffix in parts if stem in stems["images"]}
     split = _find_split(split, splits, path)
     suffix = "" if split == "all" else f"_{split}"
-    with _npz_arrays(path) as arrays:
-        images, labels, groups = (
-            next((arrays[stem + suffix] for stem in stems[what] if stem + suffix in keys), None) for what in stems
-        )
-        class_names = tuple(map(str, arrays["classes"])) if "classes" in keys else None
-    return _from_arrays(f"{path}, split {split}", images, labels, class_names, groups)
-
-
-@contextmanager
-def _npz_arrays(path: Path) -> Iterator[Any]:
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip file")
-        with np.load(path, allow_pickle=False) as arrays:
-            yield arrays
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"name: {path} cannot be read as .npz: {error}") from None
+    keys = {what: [stem + suffix for stem in stems[what]] for what in stems}
+    arrays = read_npz("name", path, {"classes", *(key for some in keys.values() for key in some)})
+    images, labels, groups = (next((arrays[key] for key in some if key in arrays), None) for some in keys.values())
+    class_names = tuple(map(str, arrays["classes"].ravel())) if "classes" in arrays else None
+    return _from_arrays(f"{path}, split {shown(split)}", images, labels, class_names, groups)
 
 
 def _from_arrays(where: str, images: Any, labels: Any, class_names: tuple[str, ...] | None, groups: Any) -> _Source:
-    if labels is None:
-        raise ValueError(f"labels: none in {where}, wanted int [n]")
+    for what, array in {"images": images, "labels": labels}.items():
+        if array is None:
+            raise ValueError(f"{what}: none in {where}, wanted an array of them")
     if images.dtype != np.uint8:
         raise ValueError(f"images: {images.dtype} in {where}, wanted uint8 in 0..255")
     if images.ndim == 3:
@@ -174,7 +161,7 @@ def _open_files(path: Path, split: str) -> _Source:
 
     def read(indices: np.ndarray):
         wanted = {names[i]: i for i in indices}
-        return ((wanted[name], name, image) for name, image in read_image_files(path, wanted))
+        return ((wanted[name], shown(name), image) for name, image in read_image_files(path, wanted))
 
     return _Source(labels, class_names, None, read)
 

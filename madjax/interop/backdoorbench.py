@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from madjax.interop.guard import check_unfolded, shown
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import find_weights
 
@@ -58,14 +59,19 @@ def load_backdoorbench(path: str | Path) -> BackdoorBenchResult:
     path = Path(path)
     folder = path.parent if path.name == _RESULT else path
     result = load_torch_checkpoint(_inside(folder, folder / _RESULT))
+    if type(result) is not dict:
+        raise ValueError(f"path: {_RESULT} is no attack result (it holds no dict)")
     try:
         fields = {name: result[name] for name in ("model_name", "num_classes", "clean_data", "model")}
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"path: {_RESULT} is no attack result ({error} is missing)") from error
     name, classes, dataset = fields["model_name"], fields["num_classes"], fields["clean_data"]
     if not (isinstance(name, str) and isinstance(dataset, str) and _is_count(classes)):
         raise ValueError(f"path: {_RESULT} has a malformed model_name, num_classes or clean_data")
-    images, labels, indices = _read_images(folder, int(classes))
+    try:
+        images, labels, indices = _read_images(folder, int(classes))
+    except OSError as error:
+        raise ValueError(f"path: {_IMAGES} cannot be read ({shown(error)})") from error
     return BackdoorBenchResult(
         name, int(classes), _image_size(result.get("img_size")), dataset, find_weights(fields["model"]),
         images, labels, indices,
@@ -73,7 +79,7 @@ def load_backdoorbench(path: str | Path) -> BackdoorBenchResult:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and int(value) > 0
+    return isinstance(value, int | np.integer) and 0 < int(value) < 2**31
 
 
 def _image_size(value: Any) -> tuple[int, int, int] | None:
@@ -97,8 +103,11 @@ def _read_images(folder: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np
                 raise ValueError(f"path: {_place(folder, file)} and {_place(folder, files[index][1])} share an index")
             files[index] = label, file
     images: list[np.ndarray] = []
+    held = 0
     for _, (_, file) in sorted(files.items()):
         images.append(_read_png(folder, file, images[0].shape if images else None))
+        held += file.stat().st_size
+        check_unfolded(f"path: {_IMAGES}", len(images) * images[0].nbytes, held)
     labels = [label for _, (label, _) in sorted(files.items())]
     return np.stack(images), np.array(labels, np.int32), np.array(sorted(files), np.int32)
 
@@ -134,7 +143,7 @@ def _read_png(folder: Path, file: Path, shape: tuple[int, ...] | None) -> np.nda
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             mode, array = image.mode, np.asarray(image)
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # what pillow raises, by the kind of damage
-        raise ValueError(f"path: {place} is a damaged PNG file ({error})") from error
+        raise ValueError(f"path: {place} is a damaged PNG file ({shown(error)})") from error
     if mode not in _MODES:
         raise ValueError(f"path: {place} is of mode {mode}, wanted grey or RGB")
     array = array.reshape(height, width, _MODES[mode])
@@ -150,4 +159,4 @@ def _inside(folder: Path, file: Path) -> Path:
 
 
 def _place(folder: Path, file: Path) -> str:
-    return file.relative_to(folder).as_posix().encode("unicode_escape").decode()
+    return shown(file.relative_to(folder).as_posix())

@@ -21,11 +21,20 @@ from typing import Any, NoReturn, cast
 import ml_dtypes
 import numpy as np
 
+from madjax.interop.guard import check_text, shown
+
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DEPTH = 100
-_FOLD = 8  # arrays that share bytes, and copies, may unfold to this many times the file
+_FOLD = 8  # arrays that share bytes, copies and small objects may unfold to this many times the file
 # what an item costs when a call copies it: at most _FOLD times the bytes that spell it
 _COPY: dict[type, int] = {str: 1, bytes: 1, bytearray: 1, list: 16, tuple: 16, set: 16, frozenset: 16, dict: 16}
+# what an opcode of a byte or two leaves in memory; honest ones come with some ten bytes of content
+_OBJECT: dict[str, int] = {"EMPTY_SET": 256, "MEMOIZE": 32, "REDUCE": 64} | dict.fromkeys(
+    ("EMPTY_LIST", "EMPTY_DICT", "LIST", "DICT", "FROZENSET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "STACK_GLOBAL"), 64
+)
+_ARRAY = 256  # an array without its content
+# a key is hashed and compared each time that it is used, and a pickle uses it again for two bytes
+_KEY_LENGTH, _KEY_ITEMS, _TUPLE_KEYS = 4096, 16, 4096
 
 _STORAGES: dict[str, Any] = {
     "torch.DoubleStorage": np.float64, "torch.FloatStorage": np.float32, "torch.HalfStorage": np.float16,
@@ -134,6 +143,7 @@ class _Array:
             flat = np.fromiter(finish(self.content), dtype=object, count=len(self.content))
         elif self.content:
             flat = np.frombuffer(memoryview(self.content).toreadonly(), self.dtype)
+            check_text(flat)
         else:
             flat = np.zeros(0, self.dtype)
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
@@ -143,16 +153,15 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) <= 64 and all(isinstance(n, int) and 0 <= n < 2**63 for n in value)
 
 
-def _key(value: Any) -> Any:
-    """A dict key or set member; hashing a deep tuple would overflow the stack of C."""
-    plain = (str, bytes, int, float, np.generic, type(None))
-    if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(item, plain) for item in value)):
-        return value
-    raise _Malformed(f"a {type(value).__name__.strip('_')} stands as a dict key or set member")
-
-
-def _dict(items: Iterable[Any] = ()) -> dict[Any, Any]:
-    return {_key(key): value for key, value in items}
+def _is_plain(value: Any) -> bool:
+    """Whether it is hashed and compared in no time, and shares its hash with few others."""
+    if isinstance(value, str | bytes):  # the hash of these nobody can foresee
+        return len(value) <= _KEY_LENGTH
+    if isinstance(value, int):  # hashed modulo 2**61 - 1, so that only longer ones can share a hash by the thousand
+        return -(2**63) <= value < 2**64
+    if isinstance(value, np.integer | np.floating | np.bool_):  # long doubles are hashed as the double next to them
+        return value.itemsize <= 8
+    return value is None or isinstance(value, float)
 
 
 def _defaultdict(factory: Any = None) -> dict[Any, Any]:
@@ -172,10 +181,6 @@ def _bytearray(content: Any = b"", encoding: str = "latin1") -> bytearray:
     return bytearray(content if isinstance(content, bytes) else _encode(content, encoding))
 
 
-def _members(kind: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda items=(): kind(map(_key, items))
-
-
 def _reconstruct(kind: Any, *_: Any) -> _Array:
     if not isinstance(kind, _Name) or kind != "numpy.ndarray":
         raise _Malformed(f"NumPy's _reconstruct is asked for {_shown(kind)}, wanted numpy.ndarray")
@@ -192,7 +197,9 @@ def _scalar(dtype: _DType, content: Any) -> np.generic:
     content = content.encode("latin1") if isinstance(content, str) else content
     if dtype.value.hasobject or not isinstance(content, bytes) or len(content) != dtype.value.itemsize:
         raise _Malformed(f"a NumPy scalar of {dtype.value} is malformed")
-    return np.frombuffer(content, dtype.value)[0]
+    array = np.frombuffer(content, dtype.value)
+    check_text(array)
+    return array[0]
 
 
 def _device(kind: str, index: int | None = None) -> str:
@@ -213,11 +220,12 @@ def _tensor_of_dtype(
     return _Tensor(storage, offset, shape, strides, _TORCH_DTYPES[dtype])
 
 
+_KEYED = (dict, set, frozenset)  # the machine checks their keys
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _dict,
+    "collections.OrderedDict": dict,
     "collections.defaultdict": _defaultdict,
-    "builtins.set": _members(set),
-    "builtins.frozenset": _members(frozenset),
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
     "builtins.bytearray": _bytearray,
     "builtins.bytes": lambda: b"",
     "_codecs.encode": _encode,  # how protocol 2 spells bytes
@@ -274,11 +282,13 @@ def load_torch_checkpoint(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"path: {path} is no file, wanted a torch checkpoint")
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         return _read_zip(data) if data.startswith(b"PK\3\4") else _read_legacy(data)
     except _Malformed as error:
         raise ValueError(f"path: {error}") from None
+    except MemoryError:
+        raise ValueError(f"path: {path} takes more memory than there is") from None
     except (
         ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, OSError, struct.error,
         RuntimeError, zipfile.BadZipFile,
@@ -316,7 +326,7 @@ def _read_legacy(data: bytes) -> Any:
     if not machine.run(file)["little_endian"]:
         raise _Malformed("the checkpoint is big-endian, wanted little-endian")
     value = machine.run(file)
-    keys = [str(_key(key)) for key in machine.run(file)]
+    keys = [str(machine.key(key)) for key in machine.run(file)]
     if len(set(keys)) != len(keys):
         raise _Malformed("the checkpoint lists a storage twice")
     for key in keys:
@@ -333,6 +343,7 @@ class _Machine:
     def __init__(self, size: int):
         self.storages: dict[str, _Storage] = {}
         self.room = _FOLD * max(size, 2**20)
+        self.tuple_keys = 0
         self.done: dict[int, Any] = {}
 
     def run(self, file: io.BytesIO) -> Any:
@@ -342,6 +353,7 @@ class _Machine:
 
         for opcode, arg, at in cast(Any, pickletools.genops(file)):
             name = opcode.name
+            self._spend(_OBJECT.get(name, 0))
             items = [stack.pop() for _ in range(_TAKES.get(name, 0))][::-1]
             if name in _TAKES_TO_MARK:
                 items, stack = stack, marks.pop()
@@ -355,6 +367,8 @@ class _Machine:
                 case "STOP":
                     return stack.pop()
                 case "MARK":
+                    if len(marks) > 3 * _DEPTH:  # a level of an honest pickle takes at most two
+                        _refuse(f"is nested deeper than {_DEPTH} levels", at)
                     marks.append(stack)
                     stack = []
                 case "POP":
@@ -372,15 +386,15 @@ class _Machine:
                 case "LIST":
                     stack.append(items)
                 case "FROZENSET":
-                    stack.append(frozenset(map(_key, items)))
+                    stack.append(frozenset(map(self.key, items)))
                 case "DICT":
-                    stack.append(_dict(_pairs(items)))
+                    stack.append(self._dict(_pairs(items)))
                 case "APPEND" | "APPENDS":
                     _expect(stack[-1], list).extend(items)
                 case "SETITEM" | "SETITEMS":
-                    _expect(stack[-1], dict).update(_dict(_pairs(items)))
+                    _expect(stack[-1], dict).update(self._dict(_pairs(items)))
                 case "ADDITEMS":
-                    _expect(stack[-1], set).update(map(_key, items))
+                    _expect(stack[-1], set).update(map(self.key, items))
                 case "GLOBAL":
                     stack.append(_allowed(arg.replace(" ", "."), at))
                 case "STACK_GLOBAL":
@@ -392,6 +406,8 @@ class _Machine:
                 case "BUILD":
                     state, target = stack.pop(), stack[-1]
                     if isinstance(target, _Array | _DType):
+                        # text in a state is encoded, and a state is used again for two bytes as arguments are
+                        self._spend(len(state) + sum(len(item) for item in state if isinstance(item, str)))
                         target.build(state)
                     elif type(target) is not dict:  # a dict's attributes are dropped
                         _refuse(f"sets the state of a {type(target).__name__.strip('_')}", at)
@@ -422,12 +438,14 @@ class _Machine:
             case list() | tuple():
                 return type(value)([finish(item) for item in value])
             case _Tensor():
-                self._spend(math.prod(value.shape) * value.dtype.itemsize)
+                self._spend(_ARRAY + math.prod(value.shape) * value.dtype.itemsize)
                 return value.array()
             case _Storage():
                 return np.frombuffer(value.content, value.dtype)
             case _Array():
-                self._spend(len(value.content) * value.dtype.itemsize if type(value.content) is list else 0)
+                # objects are copied, and text is looked through
+                size = value.dtype.itemsize if type(value.content) is list else 1
+                self._spend(_ARRAY + len(value.content) * size)
                 return value.array(finish)
             case _DType():
                 return value.value
@@ -437,8 +455,30 @@ class _Machine:
         if not isinstance(function, _Name) or function not in _CALLS:
             _refuse(f"calls {_shown(function)}", at)
         # a pickle that spells a text or a list once may ask for many copies of it
-        self._spend(sum(len(item) * _COPY[type(item)] for item in arguments if type(item) in _COPY))
-        return _CALLS[function](*arguments)
+        self._spend(len(arguments) + sum(len(item) * _COPY[type(item)] for item in arguments if type(item) in _COPY))
+        make = _CALLS[function]
+        if make not in _KEYED:
+            return make(*arguments)
+        (items,) = arguments or ((),)
+        return self._dict(items) if make is dict else make(map(self.key, items))
+
+    def key(self, value: Any) -> Any:
+        """A dict key or set member: no deep tuple, whose hash would overflow the stack of C, and no slow one."""
+        if isinstance(value, tuple):
+            # hashes of tuples can be made alike, and n of one hash are compared n**2 times
+            self.tuple_keys += 1
+            if self.tuple_keys > _TUPLE_KEYS:
+                raise _Malformed(f"more than {_TUPLE_KEYS} tuples stand as dict keys or set members")
+            plain = len(value) <= _KEY_ITEMS and all(map(_is_plain, value))
+        else:
+            plain = _is_plain(value)
+        if not plain:
+            kind = type(value).__name__.strip("_")
+            raise _Malformed(f"a {kind} stands as a dict key or set member, wanted short text or a number of 64 bits")
+        return value
+
+    def _dict(self, items: Iterable[Any]) -> dict[Any, Any]:
+        return {self.key(key): value for key, value in items}
 
     def _storage(self, pid: Any, at: int) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
@@ -448,6 +488,7 @@ class _Machine:
             _refuse(f"wants a storage of {_shown(kind)}", at)
         if not isinstance(count, int) or count < 0 or not isinstance(key, str | int):
             _refuse("declares a malformed storage", at)
+        self.key(key)
         storage = self.storages.setdefault(str(key), _Storage(kind, count))
         if (storage.dtype, storage.count) != (np.dtype(_STORAGES[kind]), count):
             raise _Malformed(f"storage {_shown(key)} is declared twice, and differently")
@@ -481,12 +522,11 @@ def _pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
 
 
 def _shown(value: Any) -> str:
-    """Text of the file as it may stand in a message: one short line, no control characters."""
-    return " ".join(_text(value).encode("unicode_escape").decode().split())[:200]
+    return shown(value if isinstance(value, Exception) else _text(value))
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str | int | Exception):
+    if isinstance(value, str | int):
         return str(value)
     # repr of what a pickle nested would recurse
     flat = isinstance(value, tuple) and all(isinstance(item, int) for item in value)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from madjax import checkpoint
+from madjax.interop.guard import shown
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 
 _NAMES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
@@ -34,8 +34,8 @@ def load_weights(path: str | Path) -> dict[str, np.ndarray]:
         return find_weights(load_torch_checkpoint(path))
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is no whole safetensors file ({error})") from error
+    except Exception as error:  # of many kinds, as the dtypes are that NumPy does not have
+        raise ValueError(f"path: {path} cannot be read as safetensors ({shown(error)})") from error
 
 
 def find_weights(loaded: Any) -> dict[str, np.ndarray]:
@@ -52,7 +52,8 @@ def find_weights(loaded: Any) -> dict[str, np.ndarray]:
         found = {name: value for name, value in loaded.items() if _is_weights(value)} if type(loaded) is dict else {}
         usual = {name: value for name, value in found.items() if name in _NAMES} or found
         if len(usual) != 1:
-            raise ValueError(f"path: wanted one dict of arrays in the checkpoint, got {len(usual)}: {sorted(usual)}")
+            names = shown(", ".join(sorted(map(str, usual)))) or "none"
+            raise ValueError(f"path: wanted one dict of arrays in the checkpoint, got {names}")
         (loaded,) = usual.values()
     weights = {name.removeprefix("module."): array for name, array in loaded.items()}
     if len(weights) != len(loaded):

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from madjax.interop.guard import shown
 from madjax.models.classifier import Classifier
 from madjax.models.registry import build_model
 
@@ -18,7 +19,6 @@ Model = TypeVar("Model", bound=nnx.Module)
 _TORCH_NAMES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
 }  # fmt: skip
-_MAX_LISTED = 12
 
 
 def from_torch(
@@ -76,7 +76,7 @@ def load_state_dict(
     fits = [_fit(state, weights, r) for r in ([rename] if rename else [*_renames(model), None])]
     flat, problems = min(fits, key=lambda fit: sum(map(len, fit[1])))
     if any(problems):
-        listed = "; ".join(_listed(some) for some in problems if some)
+        listed = "; ".join(problem for some in problems for problem in some)
         raise ValueError(f"weights: do not fit {type(model).__name__}: {listed}")
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -101,7 +101,7 @@ def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str
             misshapen.append(f"{name} has shape {array.shape}, wanted {shape}")
         else:
             flat.append((path, variable.replace(jnp.asarray(array.transpose(np.argsort(order)), variable.dtype))))
-    return flat, (missing, misshapen, [f"{name} has no place in the model" for name in left])
+    return flat, (missing, misshapen, [f"{shown(name)} has no place in the model" for name in left])
 
 
 def _renames(model: nnx.Module) -> tuple[Callable[[str], str], ...]:
@@ -111,10 +111,5 @@ def _renames(model: nnx.Module) -> tuple[Callable[[str], str], ...]:
 def _arrays(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     arrays = {name.removeprefix("module."): np.asarray(value) for name, value in weights.items()}
     if others := [name for name, array in arrays.items() if array.dtype == object or array.dtype.kind in "US"]:
-        raise ValueError(f"weights: wanted a flat dict of arrays, got none at {_listed(others, ', ')}")
+        raise ValueError(f"weights: wanted a flat dict of arrays, got none at {', '.join(map(shown, others))}")
     return {name: array for name, array in arrays.items() if not name.endswith("num_batches_tracked")}
-
-
-def _listed(items: list[str], separator: str = "; ") -> str:
-    more = [f"and {len(items) - _MAX_LISTED} more"] if len(items) > _MAX_LISTED else []
-    return separator.join(items[:_MAX_LISTED] + more)

@@ -9,6 +9,7 @@ from functools import partial
 from flax import nnx
 from jax.typing import DTypeLike
 
+from madjax.interop.guard import shown
 from madjax.models.classifier import Classifier
 from madjax.models.cnn import BadNetsCNN, DigitsCNN
 from madjax.models.resnet import PreActResNet18, ResNet
@@ -48,17 +49,19 @@ def build_model(
     """A new classifier: float images `[n, height, width, channels]` -> float32 logits `[n, num_classes]`.
 
     Args:
-      name: of `MODELS`, or `wrn<depth>_<width>`, for instance `wrn16_1`.
+      name: of `MODELS`, or `wrn<depth>_<width>` with at most two digits each, for instance `wrn16_1`.
       image_shape: (height, width, channels).
       dtype: of the computation, float32 or for instance bfloat16; parameters and batch statistics stay float32.
 
     Raises:
       ValueError: for an unknown name, no class, or images that the architecture does not take.
     """
-    wide = re.fullmatch(r"wrn(\d+)_(\d+)", name)
+    # wider and deeper ones than anybody has trained would take minutes to build
+    wide = re.fullmatch(r"wrn([0-9]{1,2})_([0-9]{1,2})", name)
     builder = _any_size(WideResNet, *map(int, wide.groups())) if wide else MODELS.get(name)
     if builder is None:
-        raise ValueError(f"name: no model {name!r}; known are {', '.join(sorted(MODELS))} and wrn<depth>_<width>")
+        known = f"{', '.join(sorted(MODELS))} and wrn<depth>_<width> of two digits each"
+        raise ValueError(f"name: no model '{shown(name)}'; known are {known}")
     if num_classes < 1:
         raise ValueError(f"num_classes: wanted at least 1, got {num_classes}")
     if len(image_shape) != 3 or min(image_shape) < 1:
