@@ -50,7 +50,7 @@ def test_four_hosts_get_the_matrix_of_one(tmp_path):
                 np.testing.assert_allclose(found[name], matrix, rtol=2e-6, atol=2e-6)
     # each wrote its own columns
     assert len(list((together / "traces.zarr" / "loss" / "c" / "0").iterdir())) == 4
-    np.testing.assert_allclose(open_traces(together).loss, expected["chain"], rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(open_traces(together).loss, expected["chains"], rtol=2e-6, atol=2e-6)
 
 
 def score(own_model, workdir, num_hosts, more):

@@ -8,8 +8,9 @@ import pytest
 import xarray as xr
 
 from madjax import Detector, Gaussian, Langevin, loss_matrix, open_traces, sweep
-from madjax.sampling import ChainDraws, Target, gaussian, rmsprop_sgld
+from madjax.sampling import ChainDraws
 from madjax.store import TRACES, TraceStore
+from tests import linear
 
 NUM_DRAWS = 22
 
@@ -20,15 +21,13 @@ def _small_blocks(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=["gaussian", "chains"])
-def draws(request, digits_model, examples):
-    loss_fn, params = digits_model
-    mask = loss_fn.is_trainable(params)
-    if request.param == "gaussian":
-        return gaussian(jax.random.key(0), params, 0.1, num_draws=NUM_DRAWS, mask=mask)
-    return ChainDraws(
-        jax.random.key(0), rmsprop_sgld(loss_fn, mask), Target(params, 10.0, 100.0), examples, num_draws=NUM_DRAWS,
-        num_chains=2, num_burnin_steps=3, num_steps_between_draws=2, step_size=1e-4, batch_size=16,
-    )  # fmt: skip
+def draws(request):
+    return linear.independent(NUM_DRAWS) if request.param == "gaussian" else linear.chains(NUM_DRAWS)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return linear.examples()
 
 
 def store(folder, **settings):
@@ -71,22 +70,22 @@ def interrupt(draws, monkeypatch):
     return interrupt
 
 
-def sweep_with(digits_model, draws, examples, layout, **kwargs):
+def sweep_with(draws, examples, layout, **kwargs):
     return loss_matrix(
-        digits_model[0], draws, examples, layout=layout, batch_size=16, devices=jax.devices()[:1], **kwargs
+        linear.loss_fn, draws, examples, layout=layout, batch_size=16, devices=jax.devices()[:1], **kwargs
     )
 
 
 @pytest.mark.parametrize("layout", ["host", "scan3"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_pieces_equal_one_run(digits_model, draws, examples, layout, error, interrupt, tmp_path):
-    straight = sweep_with(digits_model, draws, examples, layout)
+def test_pieces_equal_one_run(draws, examples, layout, error, interrupt, tmp_path):
+    straight = sweep_with(draws, examples, layout)
     for at in (3, 9, 10, 21):
         interrupt(error, at)
         with pytest.raises(error):
-            sweep_with(digits_model, draws, examples, layout, store=store(tmp_path))
+            sweep_with(draws, examples, layout, store=store(tmp_path))
     walks = interrupt(error, None)
-    matrix = sweep_with(digits_model, draws, examples, layout, store=store(tmp_path))
+    matrix = sweep_with(draws, examples, layout, store=store(tmp_path))
     np.testing.assert_array_equal(matrix, straight)
     # only what was open is walked twice: less than a block, or after a signal less than a call
     again = sum(len(walk.walked) for walk in walks) - NUM_DRAWS
@@ -98,43 +97,43 @@ def test_pieces_equal_one_run(digits_model, draws, examples, layout, error, inte
     assert not list(tmp_path.glob("*.chains/*"))  # what chains need to go on is gone once they need not
 
 
-def test_a_finished_sweep_is_read_not_computed(digits_model, draws, examples, interrupt, tmp_path):
-    first = sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+def test_a_finished_sweep_is_read_not_computed(draws, examples, interrupt, tmp_path):
+    first = sweep_with(draws, examples, "host", store=store(tmp_path))
     walks = interrupt(RuntimeError, None)
-    np.testing.assert_array_equal(sweep_with(digits_model, draws, examples, "host", store=store(tmp_path)), first)
+    np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), first)
     assert [walk.walked for walk in walks] == [[]]
 
 
-def test_another_layout_does_not_change_what_was_begun(digits_model, draws, examples, interrupt, tmp_path):
-    straight = sweep_with(digits_model, draws, examples, "scan3")
+def test_another_layout_does_not_change_what_was_begun(draws, examples, interrupt, tmp_path):
+    straight = sweep_with(draws, examples, "scan3")
     interrupt(RuntimeError, 7)
     with pytest.raises(RuntimeError):
-        sweep_with(digits_model, draws, examples, "scan3", store=store(tmp_path))
+        sweep_with(draws, examples, "scan3", store=store(tmp_path))
     interrupt(RuntimeError, None)
-    matrix = sweep_with(digits_model, draws, examples, "auto", store=store(tmp_path))
+    matrix = sweep_with(draws, examples, "auto", store=store(tmp_path))
     np.testing.assert_array_equal(matrix, straight)
 
 
-def test_a_chain_without_its_state_walks_there_again(digits_model, draws, examples, interrupt, tmp_path):
-    straight = sweep_with(digits_model, draws, examples, "host")
+def test_a_chain_without_its_state_walks_there_again(draws, examples, interrupt, tmp_path):
+    straight = sweep_with(draws, examples, "host")
     interrupt(RuntimeError, 9)
     with pytest.raises(RuntimeError):
-        sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+        sweep_with(draws, examples, "host", store=store(tmp_path))
     interrupt(RuntimeError, None)
     for path in tmp_path.glob("*.chains/*"):
         path.unlink()
-    np.testing.assert_array_equal(sweep_with(digits_model, draws, examples, "host", store=store(tmp_path)), straight)
+    np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
 
 
-def test_readers_see_a_labelled_set_while_it_fills(digits_model, draws, examples, interrupt, tmp_path):
+def test_readers_see_a_labelled_set_while_it_fills(draws, examples, interrupt, tmp_path):
     interrupt(RuntimeError, 9)
     with pytest.raises(RuntimeError):
-        sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+        sweep_with(draws, examples, "host", store=store(tmp_path))
     interrupt(RuntimeError, None)
     half = open_traces(tmp_path)
     assert np.isfinite(half.loss[:8]).all()
     assert np.isnan(half.loss[8:]).all()
-    matrix = sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+    matrix = sweep_with(draws, examples, "host", store=store(tmp_path))
     traces = open_traces(tmp_path)
     assert dict(traces.sizes) == {"draw": NUM_DRAWS, "example": 37}
     np.testing.assert_array_equal(traces.loss, matrix)
@@ -147,7 +146,7 @@ def test_readers_see_a_labelled_set_while_it_fills(digits_model, draws, examples
     np.testing.assert_array_equal(xr.open_zarr(str(tmp_path / TRACES), consolidated=False)["loss"], matrix)
 
 
-def test_bad_input(digits_model, draws, examples, interrupt, tmp_path):
+def test_bad_input(draws, examples, interrupt, tmp_path):
     with pytest.raises(ValueError, match="holds no losses"):
         open_traces(tmp_path)
     # a start that did not come to its end is begun anew
@@ -155,7 +154,7 @@ def test_bad_input(digits_model, draws, examples, interrupt, tmp_path):
     (tmp_path / TRACES / "loss" / "zarr.json").write_text("{")
     interrupt(RuntimeError, 13)
     with pytest.raises(RuntimeError):
-        sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+        sweep_with(draws, examples, "host", store=store(tmp_path))
     interrupt(RuntimeError, None)
     with pytest.raises(ValueError, match="losses of other settings: batch was None, is 3; model was a, is b"):
         store(tmp_path, model="b", batch=3)
@@ -164,43 +163,41 @@ def test_bad_input(digits_model, draws, examples, interrupt, tmp_path):
     for damaged in (data[:50], data[:20] + bytes(4) + data[24:], b""):
         chunk.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is damaged \(.*loss/c/1/0.*; remove the file named"):
-            sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+            sweep_with(draws, examples, "host", store=store(tmp_path))
     chunk.unlink()
-    straight = sweep_with(digits_model, draws, examples, "host")
-    np.testing.assert_array_equal(sweep_with(digits_model, draws, examples, "host", store=store(tmp_path)), straight)
+    straight = sweep_with(draws, examples, "host")
+    np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
     (tmp_path / TRACES / "zarr.json").write_text('{"zarr')
     with pytest.raises(ValueError, match=r"zarr.json is damaged; remove .* to begin anew"):
         store(tmp_path)
 
 
-def test_a_full_disk_loses_no_whole_block(digits_model, draws, examples, interrupt, tmp_path):
-    straight = sweep_with(digits_model, draws, examples, "host")
+def test_a_full_disk_loses_no_whole_block(draws, examples, interrupt, tmp_path):
+    straight = sweep_with(draws, examples, "host")
     interrupt(RuntimeError, 9)
     with pytest.raises(RuntimeError):
-        sweep_with(digits_model, draws, examples, "host", store=store(tmp_path))
+        sweep_with(draws, examples, "host", store=store(tmp_path))
     interrupt(RuntimeError, None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     begun = store(tmp_path)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         with pytest.raises(ValueError, match=r"cannot write draws 8 to 11 to .* \(.*File too large.*; the 8 draws"):
-            sweep_with(digits_model, draws, examples, "host", store=begun)
+            sweep_with(draws, examples, "host", store=begun)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(store(tmp_path).whole()) == 8
-    np.testing.assert_array_equal(sweep_with(digits_model, draws, examples, "host", store=store(tmp_path)), straight)
+    np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
 
 
-@pytest.mark.parametrize("perturbation", [Gaussian(), Langevin(num_burnin_steps=2, step_size=1e-4)])
+@pytest.mark.parametrize("perturbation", [Gaussian(), Langevin(num_burnin_steps=2)])
 @pytest.mark.parametrize("together", [True, False])
-def test_a_detector_resumes(digits_model, examples, perturbation, together, tmp_path, monkeypatch):
-    loss_fn, params = digits_model
-    images = {"image": examples["image"]}
+def test_a_detector_resumes(examples, perturbation, together, tmp_path, monkeypatch):
     settings = {"sampling": examples, "perturbation": perturbation, "num_draws": 12, "layout": "host"}
-    settings["test"] = {"image": examples["image"][::-1]} if together else None
+    settings["test"] = linear.examples(41) if together else None
 
     def fit(**more):
-        return Detector.fit(jax.random.key(0), loss_fn, params, images, **settings, **more)
+        return Detector.fit(jax.random.key(0), linear.loss_fn, linear.params(), examples, **(settings | more))
 
     straight, write, left = fit(), TraceStore.write, [1, 1]
 
@@ -222,9 +219,16 @@ def test_a_detector_resumes(digits_model, examples, perturbation, together, tmp_
     if together:
         np.testing.assert_array_equal(resumed.test[0], straight.test[0])
     # new examples at the same draws, kept as well
-    losses, _ = straight.sweep(images)
+    losses, _ = straight.sweep(examples)
     for _ in range(2):
-        np.testing.assert_array_equal(resumed.sweep(images, workdir=tmp_path / "new")[0], losses)
+        np.testing.assert_array_equal(resumed.sweep(examples, workdir=tmp_path / "new")[0], losses)
     np.testing.assert_allclose(losses, straight.scorer.trusted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"workdir: .* holds losses of other settings: num_draws was 12, is 11"):
-        Detector.fit(jax.random.key(0), loss_fn, params, images, workdir=tmp_path, **(settings | {"num_draws": 11}))
+        Detector.fit(
+            jax.random.key(0),
+            linear.loss_fn,
+            linear.params(),
+            examples,
+            workdir=tmp_path,
+            **(settings | {"num_draws": 11}),
+        )
