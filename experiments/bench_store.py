@@ -1,0 +1,84 @@
+r"""What keeping a sweep's losses on disk costs: sweeps with and without a store, in turns.
+
+    python -m experiments.bench_store --model=wrn16_1 --num_examples=512
+
+Of the same draws and examples, the program compiled before; the medians of --repeats turns. "--chains" also keeps where
+the chain stands. Prints JSON: seconds of each, and the overhead as a share of the sweep's time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from experiments import common
+from madjax import Langevin, from_nnx, loss_matrix
+from madjax.models import MODELS, build_model
+from madjax.sampling import gaussian
+from madjax.store import TraceStore
+
+flags.DEFINE_string("model", "digits_cnn", f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
+flags.DEFINE_integer("num_examples", 1024, "Examples.", lower_bound=1)
+flags.DEFINE_integer("num_draws", 64, "Draws of one turn.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Turns of each.", lower_bound=1)
+flags.DEFINE_bool("chains", False, "A chain of the paper's kernel instead of independent draws.")
+flags.DEFINE_string("layout", "host", "Layout of the sweep.")
+flags.DEFINE_string("folder", None, "Folder for the store; a temporary one where not given.")
+
+
+def main() -> None:
+    """Times both in turns."""
+    values = flags.FLAGS
+    shape = (8, 8, 1) if values.model == "digits_cnn" else (32, 32, 3)
+    model = build_model(values.model, 10, shape, rngs=nnx.Rngs(0))
+    loss_fn, params = from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
+    rng = np.random.default_rng(0)
+    examples = {
+        "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
+        "label": rng.integers(0, 10, values.num_examples).astype(np.int32),
+    }
+    if values.chains:
+        chain = Langevin(num_burnin_steps=0)
+        draws = chain.perturb(jax.random.key(0), loss_fn, params, examples, examples, values.num_draws).draws
+    else:
+        mask = loss_fn.is_trainable(params)
+        draws = gaussian(jax.random.key(0), params, 0.05, num_draws=values.num_draws, mask=mask)
+    folder = Path(values.folder or tempfile.mkdtemp())
+
+    def sweep(kept: bool) -> float:
+        # a finished store would only be read
+        shutil.rmtree(folder, ignore_errors=True)
+        start = time.perf_counter()
+        store = TraceStore(folder, {}, {"test": values.num_examples}) if kept else None
+        loss_matrix(loss_fn, draws, examples, layout=values.layout, store=store)
+        return time.perf_counter() - start
+
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for kept in (True, False):
+        sweep(kept)  # compiles
+    for turn in range(values.repeats):
+        for kept in (turn % 2 == 0, turn % 2 == 1):
+            seconds[kept].append(sweep(kept))
+    shutil.rmtree(folder, ignore_errors=True)
+    without, kept = (statistics.median(seconds[kept]) for kept in (False, True))
+    result = {
+        "device": common.device(),
+        **{name: values[name].value for name in ("model", "num_examples", "num_draws", "chains", "layout", "repeats")},
+        "seconds_without": seconds[False],
+        "seconds_with": seconds[True],
+        "overhead": kept / without - 1,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,31 @@
+"""The benchmarks of large sweeps, at small size."""
+
+import json
+
+from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
+from tests.test_experiments import run
+
+
+def test_bench_devices():
+    small = ["--num_devices=1,2", "--num_examples=32", "--num_draws=2", "--model_shards=2"]
+    one, two = json.loads(run("bench_devices", *small).stdout.splitlines()[-1])["rows"]
+    assert (one["collectives"], two["model_shards"]) == (0, 2)
+    assert two["collectives"] > 0
+    assert two["flops_per_device"] < 0.6 * one["flops_per_device"]
+    assert two["largest_difference"] < 1e-5
+
+
+def test_bench_store():
+    small = ["--num_examples=16", "--num_draws=4", "--repeats=1", "--chains"]
+    result = json.loads(run("bench_store", *small).stdout.splitlines()[-1])
+    assert result["overhead"] > -1
+    assert len(result["seconds_with"]) == 1
+
+
+def test_cost_model():
+    one, eight = (cost(PREACT_RESNET18, H100, count, 1, 8000, 1000) for count in (1, 8))
+    assert one.examples == 8 * eight.examples  # examples are shared out, noise is not
+    assert one.noise == eight.noise
+    assert one.links == 0
+    assert cost(PREACT_RESNET18._replace(sent_bytes=1e6), V5E, 8, 4, 8000, 1000).links > 0
+    assert "256 × v5e" in run("cost_model").stdout
