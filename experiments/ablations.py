@@ -30,7 +30,7 @@ common.define_training_flags()
 common.define_list("attack", ["badnet", "blended", "sig"], list(ATTACKS), "Attacks.")
 common.define_seeds()
 flags.DEFINE_integer("num_draws", 128, "Draws where their number is not what varies.", lower_bound=8)
-flags.DEFINE_string("layout", "auto", "Layout of the sweep.")
+common.define_layout()
 flags.DEFINE_string("workdir", "runs/ablations", "Folder for results.")
 
 _NUM_DRAWS = (8, 16, 32, 64, 128, 256)

@@ -2,14 +2,15 @@ r"""Backdoors: tells triggered inputs from benign ones, on models trained on the
 
     python -m experiments.backdoor --dataset=digits --workdir=runs/demo            # a minute on 2 CPU cores
     python -m experiments.backdoor --dataset=cifar10 --data_dir=DATA --attack=badnet,wanet --seed=0,1,2
-    python -m experiments.backdoor --checkpoint=runs/wanet/model --attack=wanet    # of experiments.train_backdoor
+    python -m experiments.backdoor --checkpoint=runs/wanet/model                   # of experiments.train_backdoor
     python -m experiments.backdoor --checkpoint=weights.pth --model=resnet20 --dataset=cifar10 --attack=badnet
     python -m experiments.backdoor --backdoorbench=record/badnet_0_1
 
 Unless it is given a checkpoint, it trains a model for every attack and seed, with a tenth of the training images
-poisoned. Images that no model was trained on are split into trusted, sampling and test ones. By the protocol of the
-paper's code only clean images that the model gets right and triggered images that fire are counted. --preset=paper adds
-the paper's chain and couplings to the table.
+poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself; weights must have been trained with
+badnet, sig or bpp, whose triggers are always the same. Images that no model was trained on are split into trusted,
+sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
+images that fire are counted. --preset=paper adds the paper's chain and couplings to the table.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -29,10 +30,9 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, Langevin, hosts, report
+from madjax import Detector, hosts, report
 from madjax.attacks import ATTACKS
-from madjax.sampling import split_chains, trace_diagnostics
-from madjax.sampling.perturbation import Perturbation
+from madjax.data import parse_normalization
 
 common.define_training_flags()
 common.define_list(
@@ -41,7 +41,9 @@ common.define_list(
 common.define_seeds()
 common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
 flags.DEFINE_string("checkpoint", None, "A folder of train_backdoor, or weights: torch, safetensors or orbax.")
-flags.DEFINE_string("normalization", None, "Of --checkpoint: a name or m1,m2,m3/s1,s2,s3; the data set's if not given.")
+common.define_checked(
+    "normalization", None, parse_normalization, "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
+)
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()
@@ -52,9 +54,10 @@ _OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "checkpoint", 
 def main() -> None:
     """Runs all cells and prints the table."""
     values = flags.FLAGS
-    workdir, config = common.open_workdir(values.workdir, [*_OWN_FLAGS, *common.detection_flag_names()])
+    names = [*_OWN_FLAGS, *common.detection_flag_names()]
+    workdir, config = common.open_workdir(values.workdir, names, _told())
     done = _finished(workdir)
-    cells = [(attack, int(seed)) for seed in values.seed for attack in _attacks()]
+    cells = [(attack, int(seed)) for seed in config["seed"] for attack in config["attack"]]
     for attack, seed in tqdm(cells, desc="cells", unit="cell"):
         if f"{attack}-{seed}" not in done:
             rows = _run_cell(attack, seed, workdir)
@@ -68,18 +71,46 @@ def main() -> None:
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _join_scores(workdir, [f"{attack}-{seed}" for attack, seed in cells])
     print(report.table([*rows, *report.average_rows(rows)]))
-    first = (rows[0]["sampler"], rows[0]["coupling"])
-    print(report.false_positives([row for row in rows if (row["sampler"], row["coupling"]) == first]))
+    print(report.false_positives([row for row in rows if report.kind(row) == report.kind(rows[0])]))
     print(f"\nresults in {workdir}")
 
 
-def _attacks() -> list[str]:
+def _told() -> dict[str, Any]:
+    """What a model that is brought along tells instead of the flags, by their names.
+
+    Raises:
+      ValueError: where flags that were given say otherwise, or weights do not hold the attack's trigger.
+    """
     values = flags.FLAGS
     if values.backdoorbench:
-        return [Path(values.backdoorbench).resolve().name]
-    if values.checkpoint and len(values.attack) != 1:
-        raise ValueError(f"attack: wanted the one that --checkpoint was trained with, got {','.join(values.attack)}")
-    return values.attack
+        if values.checkpoint:
+            raise ValueError("checkpoint: wanted it or backdoorbench, got both")
+        return {"attack": [Path(values.backdoorbench).resolve().name]}
+    if values.checkpoint is None:
+        return {}
+    path = Path(values.checkpoint)
+    if not _is_kept(path):
+        if len(values.attack) != 1:
+            got = ",".join(values.attack)
+            raise ValueError(f"attack: wanted the one that --checkpoint was trained with, got {got}")
+        cases.check_fixed(*values.attack)
+        return {}
+    kept = cases.read_kept(path)
+    told = {"attack": [kept.name], "seed": [str(kept.seed)], "normalization": None, **kept.recipe._asdict()}
+    # where the data lie, and how many are taken, may change after the training
+    told = {name: value for name, value in told.items() if name not in ("data_dir", "num_pool")}
+    different = [
+        f"{name} was {value}, is {values[name].value}"
+        for name, value in told.items()
+        if values[name].present and values[name].value != value
+    ]
+    if different:
+        raise ValueError(f"checkpoint: {path} was trained with other flags: {'; '.join(different)}")
+    return told
+
+
+def _is_kept(path: Path) -> bool:
+    return (path / "model").is_dir()
 
 
 def _case(name: str, seed: int, workdir: Path) -> Case:
@@ -94,8 +125,8 @@ def _case(name: str, seed: int, workdir: Path) -> Case:
         hosts.barrier("trained")
         return cases.load_case(folder)
     path = Path(values.checkpoint)
-    if (path / "model").is_dir():
-        return cases.load_case(path)
+    if _is_kept(path):
+        return cases.load_case(path, values.data_dir, values.num_pool)
     return cases.read_case(path, recipe, name, values.normalization, seed)
 
 
@@ -119,26 +150,13 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
             coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, classes)
             for coupling in settings.coupling
         }
-        for coupling, scores in named_scores.items():
-            row = report.detection_row(scores, test.is_anomalous, counted.accuracy, counted.asr, values.fpr)
-            rows.append(
-                {
-                    "attack": name,
-                    "preset": settings.preset,
-                    "sampler": settings.sampler,
-                    "coupling": coupling,
-                    "seed": seed,
-                    **row,
-                    "num_draws": settings.num_draws,
-                    **_mixing(detector, settings.perturbation),
-                    "sample_forwards": detector.sample_forwards + losses.size,
-                    "sweep_seconds": seconds,
-                    "scale": detector.scale,
-                    "num_trusted": len(counted.trusted),
-                    "num_benign": len(counted.benign),
-                    "num_anomalous": len(counted.anomalous),
-                }
+        rows += [
+            common.result_row(
+                name, seed, settings, coupling, detector, scores, test.is_anomalous,
+                accuracy=counted.accuracy, asr=counted.asr, sweep_seconds=seconds,
             )
+            for coupling, scores in named_scores.items()
+        ]  # fmt: skip
         if not shown and hosts.is_first():
             shown = True
             _show(folder, name, seed, test, detector, losses, named_scores)
@@ -146,14 +164,6 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
                 clean = pool.images[counted.anomalous[:8]]
                 report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
     return rows
-
-
-def _mixing(detector: Detector, perturbation: Perturbation) -> dict[str, float]:
-    """Of chains: the median effective sample size of trusted traces, and the worst-mixed twentieth's R-hat."""
-    if not isinstance(perturbation, Langevin) or detector.draws.num_draws < 4 * perturbation.num_chains:
-        return {}
-    mixing = trace_diagnostics(split_chains(detector.scorer.trusted, perturbation.num_chains))
-    return {"ess": float(np.nanmedian(mixing.ess)), "rhat": float(np.nanquantile(mixing.rhat, 0.95))}
 
 
 def _show(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 
 from madjax import checkpoint, from_nnx
 from madjax.attacks import (
+    ATTACKS,
     Attack,
     badnet,
     load_attack,
@@ -28,8 +29,9 @@ from madjax.attacks import (
 from madjax.attacks.trojannn import apply as stamp
 from madjax.data import NORMALIZATIONS, ImageSet, digits, load_images, parse_normalization, split_by_class
 from madjax.interop.backdoorbench import load_backdoorbench
+from madjax.interop.guard import shown
 from madjax.interop.weights import load_weights
-from madjax.models import build_model, from_arrays, from_torch, to_arrays, train_classifier
+from madjax.models import MODELS, build_model, from_arrays, from_torch, to_arrays, train_classifier
 from madjax.models.augment import Augmentation
 
 
@@ -130,7 +132,7 @@ class Recipe(NamedTuple):
       initial_weights: file of weights that training starts from, for `load_weights`; drawn at random where None.
       num_train, num_pool: at most so many images, all where None.
       poison_ratio, target: for `poison`.
-      augment: whether images are cropped, and flipped where the data set is CIFAR's.
+      augment: whether images are cropped, and flipped where the data set is CIFAR-10.
       dtype: of the computation, "float32" or "bfloat16".
     """
 
@@ -199,21 +201,83 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
     return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
 
 
-def load_case(folder: Path) -> Case:
-    """A model that `train_case` kept, with the images that it was not trained on."""
-    settings, arrays = checkpoint.load(folder / "model")
-    name, seed, num_classes = (settings.pop(key) for key in ("name", "seed", "num_classes"))
-    recipe = Recipe(**settings)
+class Kept(NamedTuple):
+    """What a model that `train_case` kept was made of: its attack, seed and recipe."""
+
+    name: str
+    seed: int
+    num_classes: int
+    recipe: Recipe
+
+
+def read_kept(folder: Path) -> Kept:
+    """What is told beside a kept model.
+
+    Raises:
+      ValueError: where nothing is, or not just what this version keeps there.
+    """
+    settings = checkpoint.load_settings(folder / "model")
+    needed = {"name": str, "seed": int, "num_classes": int}
+    types = needed | {key: kind | int if kind is float else kind for key, kind in get_type_hints(Recipe).items()}
+    wrong = [
+        key
+        for key in sorted(needed.keys() | settings.keys())
+        if key not in types or not isinstance(settings.get(key), types[key])
+    ]
+    # the name becomes that of a folder
+    if wrong or settings["name"] not in (*ATTACKS, "clean"):
+        raise ValueError(
+            f"path: {folder / 'model'} is not what this version of train_backdoor keeps: {', '.join(wrong) or 'name'} "
+            "is missing, unknown or malformed in its settings"
+        )
+    name, seed, num_classes = (settings.pop(key) for key in needed)
+    return Kept(name, seed, num_classes, Recipe(**settings))
+
+
+def load_case(folder: Path, data_dir: str | None = None, num_pool: int | None = None) -> Case:
+    """A model that `train_case` kept, with the images that it was not trained on.
+
+    Args:
+      data_dir, num_pool: where the data lie now and how many images to take, where not as in training.
+    """
+    name, seed, num_classes, recipe = read_kept(folder)
+    recipe = recipe._replace(data_dir=data_dir or recipe.data_dir, num_pool=num_pool or recipe.num_pool)
     pool = _pool(recipe, name, seed)
-    model = from_arrays(_build(recipe.model, num_classes, pool.images.shape[1:], recipe.dtype, 0), arrays)
+    _, arrays = checkpoint.load(folder / "model")
+    try:
+        model = from_arrays(_build(recipe.model, num_classes, pool.images.shape[1:], recipe.dtype, 0), arrays)
+    except KeyError as error:
+        raise ValueError(f"path: {folder / 'model'} holds no whole {recipe.model}, {error} is missing") from error
     attack = load_attack(folder / "attack.npz") if (folder / "attack.npz").exists() else None
     return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
 
 
+# the trigger is the same whatever images and generator an attack is made with
+FIXED_TRIGGERS = ("badnet", "sig", "bpp")
+
+
+def check_fixed(attack_name: str) -> None:
+    """Raises ValueError where weights alone do not tell the trigger that they were trained with."""
+    if attack_name not in (*FIXED_TRIGGERS, "clean"):
+        raise ValueError(
+            f"attack: the trigger of {attack_name} is made anew for every model, and weights do not hold it; wanted "
+            f"{', '.join(FIXED_TRIGGERS)} or clean, or as --checkpoint a folder of train_backdoor, which keeps it"
+        )
+
+
 def read_case(path: Path, recipe: Recipe, attack_name: str, normalization: str | None, seed: int) -> Case:
-    """Somebody's weights, with an attack that needs nothing but images: badnet, blended, sig, wanet, bpp."""
+    """Somebody's weights, with one of `FIXED_TRIGGERS` at its default settings, or clean.
+
+    Args:
+      recipe: names the architecture, the data set, the target and the dtype.
+      normalization: see `parse_normalization`; the data set's where None.
+
+    Raises:
+      ValueError: for another attack, whose trigger the weights never saw; for weights or data that cannot be read.
+    """
+    check_fixed(attack_name)
     pool = _pool(recipe, attack_name, seed)
-    classifier = from_torch(recipe.model, load_weights(path), pool.images.shape[1:])
+    classifier = from_torch(recipe.model, load_weights(path), pool.images.shape[1:], dtype=jnp.dtype(recipe.dtype))
     attack, target = None, recipe.target
     if attack_name != "clean":
         attack = make_attack(attack_name, np.random.default_rng(seed), pool.images, pool.labels, target=target)
@@ -229,6 +293,13 @@ def backdoorbench_case(folder: Path, data_dir: str | None, target: int, num_pool
     """A downloaded BackdoorBench result: its weights, its triggered images, and the data set's clean test images."""
     result = load_backdoorbench(folder)
     dataset, name = (_BACKDOORBENCH_NAMES.get(name, name) for name in (result.dataset, result.model_name))
+    # names out of the download: they may choose among these, but neither open a path nor fetch what they like
+    datasets = ("cifar10", "cifar100", "gtsrb", "mnist", "tiny_imagenet")
+    for what, got, known in (("data set", dataset, datasets), ("model", name, sorted(MODELS))):
+        if got not in known:
+            raise ValueError(
+                f"backdoorbench: the {what} of {folder} is '{shown(got)}', wanted one of {', '.join(known)}"
+            )
     pool = load_images(dataset, "test", data_dir=data_dir)
     model = from_torch(name, result.weights, pool.images.shape[1:], num_classes=result.num_classes)
     rows = {int(index): row for row, index in enumerate(result.indices)}
@@ -289,7 +360,7 @@ def _augmentation(recipe: Recipe, attack: Attack | None) -> Augmentation | None:
     if not recipe.augment:
         return None
     rotation = attack.rotation if attack is not None else 0.0
-    return Augmentation(crop=5 if rotation else 4, flip=recipe.dataset.startswith("cifar"), rotation=rotation)
+    return Augmentation(crop=5 if rotation else 4, flip=recipe.dataset == "cifar10", rotation=rotation)
 
 
 def _build(name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, seed: int) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,44 +14,72 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags
+import numpy as np
+from absl import app, flags, logging
 
 from experiments.cases import Recipe
 from madjax import Detector, hosts
+from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS
 from madjax.data.images import FILES
 from madjax.models import MODELS
-from madjax.report import write_json
+from madjax.report import detection_row, write_json
+from madjax.sampling import split_chains, trace_diagnostics
 from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation
 from madjax.sampling.scale import RETAINED
-from madjax.scorer import Traces
+from madjax.scorer import Scores, Traces
 from madjax.sweep import Layout
+
+# what is defined here counts as the driver's own flags, which its --help shows
+flags.disclaim_key_flags()
+
+
+def define_checked(name: str, default: str | None, check: Callable[[str], Any], help_text: str) -> None:
+    """A flag of text that `check` judges when flags are parsed, by a ValueError."""
+    flags.DEFINE_string(name, default, help_text)
+    _register_check(name, check)
+
+
+def _register_check(name: str, check: Callable[[Any], Any]) -> None:
+    def judge(value: Any) -> bool:
+        try:
+            if value is not None:
+                check(value)
+        except ValueError as error:
+            raise flags.ValidationError(str(error)) from error
+        return True
+
+    flags.register_validator(name, judge)
 
 
 def define_list(name: str, default: Sequence[str], known: Sequence[str], help_text: str) -> None:
     """A flag of comma-separated values out of `known`."""
     flags.DEFINE_list(name, list(default), f"{help_text} Comma-separated, out of {', '.join(known)}.")
 
-    def check(values: list[str]) -> bool:
-        unknown = [value for value in values if value not in known]
-        if unknown or not values:
-            got = ", ".join(map(repr, unknown)) or "nothing"
-            raise flags.ValidationError(f"wanted some of {', '.join(known)}, got {got}")
-        return True
+    def check(values: list[str]) -> None:
+        wrong = [value for value in values if value not in known or values.count(value) > 1]
+        if wrong or not values:
+            got = ", ".join(map(repr, wrong)) or "nothing"
+            raise ValueError(f"wanted some of {', '.join(known)}, each once, got {got}")
 
-    flags.register_validator(name, check)
+    _register_check(name, check)
 
 
 def define_seeds() -> None:
     """The flag `seed`, a list."""
     flags.DEFINE_list("seed", ["0"], "Seeds of training, splits and draws, comma-separated.")
 
-    def check(values: list[str]) -> bool:
-        if not values or not all(value.isdecimal() for value in values):
-            raise flags.ValidationError(f"wanted numbers from 0 on, comma-separated, got {','.join(values)!r}")
-        return True
+    def check(values: list[str]) -> None:
+        numbers = {int(value) for value in values if value.isdecimal()}
+        if not values or len(numbers) < len(values):
+            raise ValueError(f"wanted numbers from 0 on, each once, comma-separated, got {','.join(values)!r}")
 
-    flags.register_validator("seed", check)
+    _register_check("seed", check)
+
+
+def define_layout() -> None:
+    """The flag `layout`."""
+    define_checked("layout", "auto", _check_layout, "Layout of the sweep: auto, host, scanK or vmapK.")
 
 
 def define_detection_flags() -> None:
@@ -61,11 +92,17 @@ def define_detection_flags() -> None:
     )
     flags.DEFINE_float("scale", None, "Scale of Gaussian draws; chosen on the trusted examples where not given.")
     flags.DEFINE_float("retained", RETAINED, "Share of trusted outputs that a draw of the chosen scale keeps.")
-    flags.DEFINE_string("parameters", None, "Regular expression of the parameters' paths to draw; all where not given.")
+    _register_check("retained", _check_share)
+    help_text = "Regular expression of the parameters' paths to draw; all where not given."
+    define_checked("parameters", None, _check_pattern, help_text)
     flags.DEFINE_float("step_size", 1e-6, "Chains: epsilon of a step.")
-    flags.DEFINE_float("nbeta", 100.0, "Chains: examples times inverse temperature.")
-    flags.DEFINE_float("localization", 1e4, "Chains: gamma, an inverse squared distance from the trained parameters.")
+    flags.DEFINE_float("nbeta", 100.0, "Chains: examples times inverse temperature.", lower_bound=0)
+    help_text = "Chains: gamma, an inverse squared distance from the trained parameters."
+    flags.DEFINE_float("localization", 1e4, help_text, lower_bound=0)
+    for name in ("scale", "step_size"):
+        _register_check(name, _check_positive)
     flags.DEFINE_integer("num_chains", 1, "Chains: how many.", lower_bound=1)
+    flags.register_multi_flags_validator(["sampler", "num_draws", "num_chains"], _check_chains)
     flags.DEFINE_integer("num_burnin_steps", 250, "Chains: steps of each before its first draw.", lower_bound=0)
     flags.DEFINE_integer("num_steps_between_draws", 1, "Chains: steps a draw; 1 keeps all.", lower_bound=1)
     flags.DEFINE_bool("drift", False, "Chains: batch statistics move, as in the paper's code.")
@@ -76,14 +113,13 @@ def define_detection_flags() -> None:
         "Couplings to report from one sweep; pictures and scores.csv show the first.",
     )
     flags.DEFINE_enum("traces", "whitened", ["whitened", "raw"], "Whether what all trusted share is taken out.")
-    flags.DEFINE_float("fpr", 0.05, "Wanted false-positive rate.", lower_bound=0, upper_bound=1)
+    flags.DEFINE_float("fpr", 0.05, "Wanted false-positive rate.")
+    _register_check("fpr", check_fpr)
     flags.DEFINE_bool("per_class", False, "Calibrate every predicted class by itself.")
-    flags.DEFINE_string("layout", "auto", "Layout of the sweep: auto, host, scanK or vmapK.")
-    flags.register_validator("layout", _check_layout)
+    define_layout()
     flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass of the sweep.", lower_bound=1)
-    flags.DEFINE_integer(
-        "model_shards", 1, "Devices of a host that the parameters are split over, for a model too large for one."
-    )
+    help_text = "Devices of a host that the parameters are split over, for a model too large for one."
+    flags.DEFINE_integer("model_shards", 1, help_text, lower_bound=1)
     flags.DEFINE_bool("distributed", False, "Join the other hosts; how is found out on TPU pods, GKE and SLURM.")
     flags.DEFINE_string("coordinator", None, "address:port of host 0, where it cannot be found out.")
     flags.DEFINE_integer("num_hosts", None, "Number of hosts, where it cannot be found out.", lower_bound=1)
@@ -91,11 +127,32 @@ def define_detection_flags() -> None:
     flags.DEFINE_integer("coordinator_timeout", 300, "Seconds to wait for all hosts.", lower_bound=1)
 
 
-def _check_layout(text: str) -> bool:
+def _check_layout(text: str) -> None:
+    if text != "auto":
+        Layout.parse(text)
+
+
+def _check_pattern(text: str) -> None:
     try:
-        return text == "auto" or bool(Layout.parse(text))
-    except ValueError as error:
-        raise flags.ValidationError(str(error)) from error
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"wanted a regular expression, got {text!r} ({error})") from error
+
+
+def _check_positive(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"wanted a positive number, got {value}")
+
+
+def _check_share(value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"wanted a share between 0 and 1, got {value}")
+
+
+def _check_chains(values: dict[str, Any]) -> bool:
+    if values["sampler"] != "gaussian" and values["num_draws"] % values["num_chains"]:
+        raise flags.ValidationError(f"wanted a multiple of {values['num_chains']} draws, got {values['num_draws']}")
+    return True
 
 
 PAPER = {
@@ -169,9 +226,66 @@ def fit_detector(
     )
 
 
+def result_row(
+    attack: str,
+    seed: int,
+    settings: Settings,
+    coupling: str,
+    detector: Detector,
+    scores: Scores,
+    is_anomalous: np.ndarray,
+    *,
+    accuracy: float,
+    asr: float,
+    sweep_seconds: float,
+) -> dict[str, Any]:
+    """A row of results.json: the figures of one coupling, and what they were reached with; see `detection_row`."""
+    num_draws, num_trusted = detector.scorer.trusted.shape
+    return {
+        "attack": attack,
+        "preset": settings.preset,
+        "sampler": settings.sampler,
+        "coupling": coupling,
+        "seed": seed,
+        **detection_row(scores, is_anomalous, accuracy, asr, detector.fpr),
+        "num_draws": num_draws,
+        **_mixing(detector, settings.perturbation),
+        "sample_forwards": detector.sample_forwards + num_draws * len(is_anomalous),
+        "sweep_seconds": sweep_seconds,
+        "scale": detector.scale,
+        "num_trusted": num_trusted,
+        "num_benign": int((~is_anomalous).sum()),
+        "num_anomalous": int(is_anomalous.sum()),
+    }
+
+
+def _mixing(detector: Detector, perturbation: Perturbation) -> dict[str, float]:
+    """Of chains: the median effective sample size of trusted traces, and the worst-mixed twentieth's R-hat."""
+    if not isinstance(perturbation, Langevin) or detector.draws.num_draws < 4 * perturbation.num_chains:
+        return {}
+    mixing = trace_diagnostics(split_chains(detector.scorer.trusted, perturbation.num_chains))
+    return {"ess": _quantile(mixing.ess, 0.5), "rhat": _quantile(mixing.rhat, 0.95)}
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    """Of those that are known: a trace that stands still has neither figure."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, share)) if len(known) else math.nan
+
+
 def device() -> str:
     """Number and kind of the devices, for results."""
-    return f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    first = jax.devices()[0]
+    model = f" ({_processor()})" if first.platform == "cpu" else ""
+    return f"{len(jax.devices())} x {first.device_kind}{model}"
+
+
+def _processor() -> str:
+    """The processor's model, which neither JAX nor, on Linux, Python tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def define_training_flags() -> None:
@@ -189,14 +303,14 @@ def define_training_flags() -> None:
     flags.DEFINE_integer("num_train", None, "Training images at most; all where not given.", lower_bound=1)
     flags.DEFINE_integer("num_pool", None, "Test images at most; all where not given.", lower_bound=1)
     flags.DEFINE_float("poison_ratio", 0.1, "Share of the training images that carry the trigger.")
+    _register_check("poison_ratio", _check_share)
     flags.DEFINE_integer(
         "target", 0, "The class that the trigger asks for; -1: the next one (all-to-all).", lower_bound=-1
     )
     flags.DEFINE_integer("num_epochs", None, "Training epochs; 40 for digits, 50 for gtsrb, else 100.", lower_bound=1)
     flags.DEFINE_float("learning_rate", None, "Of SGD, before its cosine decay; 0.05 for digits, else 0.01.")
-    flags.DEFINE_bool(
-        "augment", None, "Random crops, and flips where the data are CIFAR's; not for digits if not given."
-    )
+    _register_check("learning_rate", _check_positive)
+    flags.DEFINE_bool("augment", None, "Random crops, and flips of CIFAR-10; not for digits if not given.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model's computation.")
 
 
@@ -255,6 +369,12 @@ def detection_flag_names() -> list[str]:
     ]  # fmt: skip
 
 
+def one_line(text: str) -> str:
+    """Text that may quote a file somebody else made, without characters that move the cursor, and 2,000 at most."""
+    safe = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:2001])
+    return safe if len(safe) <= 2000 else f"{safe[:1997]}..."
+
+
 # exit code of a run that was told to stop and will go on when started again (EX_TEMPFAIL of sysexits.h)
 PREEMPTED = 75
 
@@ -262,6 +382,7 @@ PREEMPTED = 75
 def run(main: Callable[[], None]) -> None:
     """Runs a driver; an error that an argument caused ends it with one line instead of a traceback.
 
+    A run that failed before it made anything leaves no config.json, which would bind the next one to its flags.
     SIGTERM, which a machine gets before it is taken away, ends it with `PREEMPTED` once what is done is on disk.
     """
 
@@ -273,12 +394,18 @@ def run(main: Callable[[], None]) -> None:
             raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
         signal.signal(signal.SIGTERM, stop)
         values = flags.FLAGS
+        if not values["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax tells a dozen things of every save
+        config = Path(values.workdir) / "config.json" if "workdir" in values else None
+        is_new = config is not None and not config.exists()
         try:
             if "distributed" in values and values.distributed:
                 hosts.connect(values.coordinator, values.num_hosts, values.host, values.coordinator_timeout)
             main()
         except (ValueError, FloatingPointError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            if config is not None and is_new and hosts.is_first() and list(config.parent.glob("*")) == [config]:
+                config.unlink()
             if hosts.count() > 1:
                 os._exit(1)  # at a clean exit JAX would wait for the others, who wait for this one
             sys.exit(1)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
+import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,18 @@ from absl import flags
 from experiments import common
 from madjax import Detector, from_nnx, hosts, report
 from madjax.data import parse_normalization
+from madjax.data.npz import read_npz
+from madjax.interop.guard import shown
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, from_torch
+from madjax.scorer import Scores
 
 flags.DEFINE_string("architecture", None, f"{', '.join(MODELS)} or wrn<depth>_<width>.")
 flags.DEFINE_string("loss_fn", None, "Instead of --architecture: package.module:function, called with --checkpoint.")
 flags.DEFINE_string("checkpoint", None, "Weights: torch, safetensors or orbax. Nothing in the file is executed.")
-flags.DEFINE_string("normalization", "none", "none (x / 255), a data set's name, or m1,m2,m3/s1,s2,s3.")
+common.define_checked(
+    "normalization", "none", parse_normalization, "none (x / 255), a data set's name, or m1,m2,m3/s1,s2,s3."
+)
 flags.DEFINE_string("trusted", None, "npz of examples that the usual mechanism explains.")
 flags.DEFINE_string("sampling", None, "npz of examples with true labels, for chains alone.")
 flags.DEFINE_string("test", None, "npz of examples to score.")
@@ -54,12 +60,13 @@ def main() -> None:
     if bool(values.architecture) == bool(values.loss_fn):
         raise ValueError("architecture: wanted it or loss_fn, one of the two")
     trusted, test = (_read(name, values[name].value) for name in ("trusted", "test"))
+    settings, sampling = common.settings_from_flags("default"), _sampling()
     loss_fn, params = _model(trusted["image"].shape[1:])
     names = [*_OWN_FLAGS, *common.detection_flag_names()]
     digest = hashlib.sha256(trusted["image"].tobytes()).hexdigest()
     workdir, config = common.open_workdir(values.workdir, names, {"trusted_sha256": digest})
     start = time.perf_counter()
-    detector = _detector(workdir / "detector", loss_fn, params, trusted)
+    detector = _detector(workdir / "detector", settings, loss_fn, params, {"image": trusted["image"]}, sampling)
     digest = hashlib.sha256(test["image"].tobytes()).hexdigest()[:12]
     losses, classes = detector.sweep({"image": test["image"]}, workdir=workdir / f"test-{digest}", progress=True)
     if not hosts.is_first():
@@ -73,14 +80,21 @@ def main() -> None:
     report.plot_flagged(workdir / "flagged.png", test["image"], scores, is_anomalous, "least explained")
     print(f"{scores.flagged.sum()} of {len(scores.flagged)} flagged at {detector.fpr:.1%}")
     if "is_anomalous" in test:
-        row = _row(detector, scores, test, losses.size, seconds)
-        report.write_json(workdir / "results.json", {"config": config, "rows": [row]})
+        row = common.result_row(
+            "unknown", values.seed, settings, values.coupling[0], detector, scores, is_anomalous,
+            # how often a trigger works cannot be told from those that do
+            accuracy=_accuracy(scores, test), asr=float("nan"), sweep_seconds=seconds,
+        )  # fmt: skip
+        report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": [row]})
         print(report.table([row]))
     print(f"results in {workdir}")
 
 
 def cli() -> None:
-    """The console script."""
+    """The console script, which knows neither this module's flags and text, nor that --help is to show them."""
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    sys.modules["__main__"].__doc__ = __doc__
     common.run(main)
 
 
@@ -89,71 +103,82 @@ def _model(image_shape: tuple[int, ...]) -> tuple[Any, Any]:
     if values.architecture:
         model = from_torch(values.architecture, load_weights(values.checkpoint), image_shape)
         return from_nnx(model, preprocess=parse_normalization(values.normalization))
-    module, _, function = values.loss_fn.partition(":")
+    return _own_model(values.loss_fn, values.checkpoint)
+
+
+def _own_model(name: str, checkpoint: str) -> tuple[Any, Any]:
+    module, _, function = name.partition(":")
+    # a console script, unlike python -m, does not look for modules in the folder where it is called
+    sys.path.insert(0, os.getcwd())
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"loss_fn: wanted package.module:function, got {values.loss_fn!r} ({error})") from error
-    return make(values.checkpoint)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"loss_fn: wanted package.module:function, got {name!r} ({error})") from error
+    if not callable(make):
+        raise ValueError(f"loss_fn: wanted package.module:function, got {name!r}, of {type(make).__name__}")
+    made = make(checkpoint)
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
+        raise ValueError(f"loss_fn: wanted {name} to return (loss_fn, params), got {type(made).__name__}")
+    return made
 
 
-def _detector(folder: Path, loss_fn: Any, params: Any, trusted: dict[str, np.ndarray]) -> Detector:
-    values, settings = flags.FLAGS, common.settings_from_flags("default")
+def _sampling() -> dict[str, np.ndarray] | None:
+    values = flags.FLAGS
+    if not values.sampling:
+        if values.sampler != "gaussian":
+            raise ValueError(f"sampling: {values.sampler} needs examples with true labels to train on, got none")
+        return None
+    sampling = _read("sampling", values.sampling)
+    if "label" not in sampling:
+        raise ValueError(f"sampling: wanted labels, {values.sampling} holds none")
+    return {name: sampling[name] for name in ("image", "label")}
+
+
+def _detector(
+    folder: Path,
+    settings: common.Settings,
+    loss_fn: Any,
+    params: Any,
+    trusted: dict[str, np.ndarray],
+    sampling: dict[str, np.ndarray] | None,
+) -> Detector:
     if folder.exists():
         return Detector.load(folder, loss_fn, params)
-    sampling = None
-    if values.sampling:
-        sampling = {
-            name: array for name, array in _read("sampling", values.sampling).items() if name in ("image", "label")
-        }
-        if "label" not in sampling:
-            raise ValueError(f"sampling: wanted labels, {values.sampling} holds none")
-    trusted = {"image": trusted["image"]}
-    fit = folder.parent / "fit"
-    detector = common.fit_detector(settings, values.seed, loss_fn, params, trusted, sampling, None, fit)
+    fit, seed = folder.parent / "fit", flags.FLAGS.seed
+    detector = common.fit_detector(settings, seed, loss_fn, params, trusted, sampling, None, fit)
     if hosts.is_first():
         detector.save(folder)
     hosts.barrier("saved")
     return detector
 
 
-def _row(
-    detector: Detector, scores: Any, test: dict[str, np.ndarray], num_forwards: int, seconds: float
-) -> dict[str, Any]:
-    values, is_anomalous = flags.FLAGS, test["is_anomalous"]
-    accuracy = float("nan")
-    if "label" in test and (~is_anomalous).any():
-        accuracy = float((scores.prediction == test["label"])[~is_anomalous].mean())
-    return {
-        "attack": "unknown",
-        "sampler": values.sampler,
-        "coupling": values.coupling[0],
-        "seed": values.seed,
-        # how often a trigger works cannot be told from those that do
-        **report.detection_row(scores, is_anomalous, accuracy, float("nan"), values.fpr),
-        "num_draws": values.num_draws,
-        "sample_forwards": detector.sample_forwards + num_forwards,
-        "sweep_seconds": seconds,
-    }
+def _accuracy(scores: Scores, test: dict[str, np.ndarray]) -> float:
+    """Of the model on benign examples, where their labels are known."""
+    benign = ~test["is_anomalous"]
+    if "label" not in test or not benign.any():
+        return float("nan")
+    return float((scores.prediction == test["label"])[benign].mean())
 
 
 def _read(name: str, path: Any) -> dict[str, np.ndarray]:
     """The arrays of an npz, checked; `id` is made up where it is missing."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"{name}: cannot read {path} as npz ({error})") from error
+    arrays = read_npz(name, path)
     image = arrays.get("image")
     if image is None or image.dtype != np.uint8 or image.ndim != 4 or not len(image):
-        got = f"{', '.join(arrays) or 'nothing'}" if image is None else f"{image.dtype} {image.shape}"
+        got = shown(", ".join(arrays)) or "nothing" if image is None else f"{image.dtype} {image.shape}"
         raise ValueError(f"{name}: wanted image, uint8 [n, height, width, channels], in {path}, got {got}")
     arrays.setdefault("id", np.array([f"{name}-{index}" for index in range(len(image))]))
     for key in arrays.keys() & {"id", "label", "is_anomalous"}:
         if arrays[key].shape != (len(image),):
             raise ValueError(f"{name}: wanted {key} [{len(image)}], one an image, in {path}, got {arrays[key].shape}")
+    if arrays.get("label", image).dtype.kind not in "iu":
+        raise ValueError(f"{name}: wanted label, int [{len(image)}], in {path}, got {arrays['label'].dtype}")
     if "is_anomalous" in arrays:
-        arrays["is_anomalous"] = arrays["is_anomalous"].astype(bool)
+        known = arrays["is_anomalous"]
+        # text would count as true whatever it says
+        if known.dtype.kind not in "biuf" or not np.isin(known, (0, 1)).all():
+            raise ValueError(f"{name}: wanted is_anomalous, bool or 0 and 1, in {path}, got {known.dtype} of others")
+        arrays["is_anomalous"] = known.astype(bool)
     return arrays
 
 

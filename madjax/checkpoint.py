@@ -40,10 +40,25 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ValueError: where the folder holds no such thing.
     """
-    folder = Path(path).absolute()
-    if not (folder / _SETTINGS).is_file():
-        raise ValueError(f"path: {folder} holds nothing saved by madjax ({_SETTINGS} is missing)")
-    return json.loads((folder / _SETTINGS).read_text()), load_pytree(folder / _ARRAYS)
+    return load_settings(path), load_pytree(Path(path) / _ARRAYS)
+
+
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """The settings alone of what `save` wrote.
+
+    Raises:
+      ValueError: where the folder holds none.
+    """
+    file = Path(path).absolute() / _SETTINGS
+    if not file.is_file():
+        raise ValueError(f"path: {file.parent} holds nothing saved by madjax ({_SETTINGS} is missing)")
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"path: {file} is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"path: {file} holds {type(settings).__name__}, wanted settings by name")
+    return settings
 
 
 def load_pytree(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ _BENIGN, _ANOMALOUS = "#4477aa", "#cc3311"
 
 
 def detection_row(scores: Scores, is_anomalous: np.ndarray, accuracy: float, asr: float, fpr: float) -> dict[str, Any]:
-    """The figures of one detector on one test set, in the schema of `results.json`; NaN where there is no anomaly."""
+    """The figures of one detector on one test set, in the schema of `results.json`; NaN where one kind is missing."""
     benign, anomalous = scores.anomaly_score[~is_anomalous], scores.anomaly_score[is_anomalous]
-    realized = float(scores.flagged[~is_anomalous].mean())
-    tpr = float(scores.flagged[is_anomalous].mean()) if is_anomalous.any() else math.nan
+    realized, tpr = (
+        float(scores.flagged[chosen].mean()) if chosen.any() else math.nan for chosen in (~is_anomalous, is_anomalous)
+    )
     classes = scores.prediction
     same = math.nan
     if classes is not None:
@@ -92,12 +93,13 @@ def write_scores(
             )
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows of `results.json` as text, one line each."""
-    head = (
-        f"{'attack':<11} {'sampler':<12} {'coupling':<17} {'seed':>4} {'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} "
-    )
-    head += f"{'AP':>6} {'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `results.json` as text, one line each; the preset is told where there are several."""
+    several = len({row.get("preset") for row in rows}) > 1
+    preset = f"{'preset':<8}" if several else ""
+    head = f"{'attack':<11} {preset}{'sampler':<12} {'coupling':<17} {'seed':>4} "
+    head += f"{'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} {'AP':>6} "
+    head += f"{'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
     lines = [head, "-" * len(head)]
     for row in rows:
         recall = row["recall_at_fpr"]
@@ -106,7 +108,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         figures += [recall["0.01"], recall["0.05"], row["realized_fpr"], row["tpr"], row["der"]]
         widths = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
         cells = " ".join(_cell(figure, width) for figure, width in zip(figures, widths, strict=True))
-        name = f"{row['attack']:<11} {row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
+        preset = f"{row.get('preset') or '':<8}" if several else ""
+        name = f"{row['attack']:<11} {preset}{row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
         lines.append(f"{name} {cells} {row['num_draws']:>5} {row['sweep_seconds']:>7.1f}")
     return "\n".join(lines)
 
@@ -135,11 +138,15 @@ def _cell(figure: float, width: int) -> str:
     return f"{figure:>{width}.3f}"
 
 
+def kind(row: dict[str, Any]) -> tuple[str | None, str, str]:
+    """What rows have in common that may be averaged: preset, where there is one, sampler and coupling."""
+    return row.get("preset"), row["sampler"], row["coupling"]
+
+
 def average_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over rows with anomalies, one row named "average" for each sampler and coupling."""
+    """Means over rows with anomalies, one row named "average" of each `kind`."""
     rows = [row for row in rows if not math.isnan(row["asr"])]
-    kinds = dict.fromkeys((row["sampler"], row["coupling"]) for row in rows)
-    return [_average([row for row in rows if (row["sampler"], row["coupling"]) == kind]) for kind in kinds]
+    return [_average([row for row in rows if kind(row) == one]) for one in dict.fromkeys(map(kind, rows))]
 
 
 def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

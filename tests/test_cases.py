@@ -2,12 +2,17 @@ import pickle
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
 from experiments import cases
 from experiments.cases import Recipe
-from madjax.attacks import ALL_TO_ALL
-from madjax.data import ImageSet
+from madjax import checkpoint
+from madjax.attacks import ALL_TO_ALL, ATTACKS, make_attack
+from madjax.data import ImageSet, digits
+from madjax.models import DigitsCNN, to_arrays
+from madjax.models.augment import Augmentation
 from tests import test_payloads as payloads
 
 QUICK = Recipe(num_epochs=3)
@@ -30,6 +35,75 @@ def test_attacks_that_need_a_clean_model_share_it(tmp_path):
     cases.train_case("lf", 0, QUICK, tmp_path / "lf-0")
     assert (tmp_path / "clean-0" / "model").is_dir()
     assert not (tmp_path / "clean-0" / "attack.npz").exists()
+
+
+KEPT = {"name": "badnet", "seed": 0, "num_classes": 10, **QUICK._asdict()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"name": None}, "name"),
+        ({"name": "../elsewhere"}, "name"),
+        ({"seed": "0"}, "seed"),
+        ({"epochs": 3}, "epochs"),
+        ({"augment": "yes", "dtype": 16}, "augment, dtype"),
+    ],
+)
+def test_settings_of_a_kept_model(changes, wrong, tmp_path):
+    settings = {key: value for key, value in {**KEPT, **changes}.items() if value is not None}
+    checkpoint.save(tmp_path / "model", settings, {"x": np.zeros(1)})
+    with pytest.raises(ValueError, match=f"path: .*/model is not what this version .* keeps: {wrong} is missing"):
+        cases.load_case(tmp_path)
+
+
+def test_a_kept_model_with_gaps(tmp_path):
+    # a version that knew fewer settings
+    checkpoint.save(tmp_path / "model", {key: KEPT[key] for key in ("name", "seed", "num_classes")}, {"x": np.zeros(1)})
+    assert cases.read_kept(tmp_path) == ("badnet", 0, 10, Recipe())
+    with pytest.raises(ValueError, match=r"path: .*/model holds no whole digits_cnn, 'conv1.kernel' is missing"):
+        cases.load_case(tmp_path)
+    for text, problem in (("{", "is no JSON"), ("[]", "holds list, wanted settings by name")):
+        (tmp_path / "model" / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=f"path: .*/settings.json {problem}"):
+            cases.load_case(tmp_path)
+
+
+def test_weights_are_read_in_the_wanted_precision(tmp_path):
+    save_file(to_arrays(nnx.state(DigitsCNN(rngs=nnx.Rngs(0)))), tmp_path / "x.safetensors")
+    single, again, half = (
+        cases.read_case(tmp_path / "x.safetensors", Recipe(dtype=dtype), "bpp", None, 0).loss_fn
+        for dtype in ("float32", "float32", "bfloat16")
+    )
+    assert single == again != half
+
+
+def test_weights_hold_no_trigger_that_is_drawn_or_trained(tmp_path):
+    for name in ATTACKS.keys() - set(cases.FIXED_TRIGGERS):
+        with pytest.raises(ValueError, match=f"^attack: the trigger of {name} is made anew for every model"):
+            cases.read_case(tmp_path / "x.pth", Recipe(), name, None, 0)
+    images, labels = digits()
+    for name in cases.FIXED_TRIGGERS:
+        # of other images and another generator, the same
+        one, other = (
+            make_attack(name, np.random.default_rng(seed), images[seed::2], labels[seed::2]) for seed in (0, 1)
+        )
+        np.testing.assert_array_equal(one.trigger(images), other.trigger(images))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "gtsrb", "tiny_imagenet"])
+def test_augmentation_is_backdoorbenchs(dataset):
+    recipe, flip = Recipe(dataset=dataset, augment=True), dataset == "cifar10"
+    assert cases._augmentation(recipe, None) == Augmentation(crop=4, flip=flip, rotation=0)
+    # of input_aware, tests/test_attacks.py tells the rotation
+    for name, expected in (
+        ("badnet", Augmentation(crop=4, flip=flip, rotation=0)),
+        ("wanet", Augmentation(crop=5, flip=flip, rotation=10)),
+        ("bpp", Augmentation(crop=5, flip=flip, rotation=10)),
+    ):
+        attack = make_attack(name, np.random.default_rng(0), *digits())
+        assert cases._augmentation(recipe, attack) == expected, name
+    assert cases._augmentation(recipe._replace(augment=False), None) is None
 
 
 class Answers:
@@ -74,23 +148,33 @@ def test_the_protocol_counts_what_works():
     assert np.isnan(cases.count_examples(clean, np.array([0]), np.arange(9)).asr)
 
 
-@pytest.fixture(scope="module")
-def download(tmp_path_factory):
-    """A BackdoorBench result of a badnets CNN, and the data set it speaks of."""
-    folder, rng = tmp_path_factory.mktemp("bench"), np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % 10
-    np.savez(folder / "cifar10.npz", x_test=images, y_test=labels)
+def random_cnn(rng):
+    """Weights of a badnets CNN for 32×32 colour images, by torch's names."""
     shapes = {"conv1": (16, 3, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 800), "fc2": (10, 512)}
-    weights = {f"module.{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    weights |= {f"module.{name}.bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items()}
+    weights = {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return weights | {f"{name}.bias": np.zeros(shape[0], np.float32) for name, shape in shapes.items()}
+
+
+def make_download(folder, weights, images, labels, triggered):
+    """A BackdoorBench result of a badnets CNN, and the data set it speaks of."""
+    np.savez(folder / "cifar10.npz", x_test=images, y_test=labels)
+    weights = {f"module.{name}": array for name, array in weights.items()}
     result = {"model_name": "badnets_cnn", "num_classes": 10, "model": weights, "clean_data": "cifar10"}
     (folder / "record").mkdir()
     payloads.write_zip(folder / "record" / "attack_result.pt", pickle.dumps(result, 2))
-    for index in range(1, 60):
+    for index in range(1, len(labels)):
         if labels[index]:
             place = folder / "record" / "bd_test_dataset" / str(labels[index])
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(255 - images[index]).save(place / f"{index}.png")
+            Image.fromarray(triggered[index]).save(place / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory):
+    """A folder with one, its images and labels; the trigger turns an image into its negative."""
+    folder, rng = tmp_path_factory.mktemp("bench"), np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (60, 32, 32, 3)).astype(np.uint8), np.arange(60) % 10
+    make_download(folder, random_cnn(rng), images, labels, 255 - images)
     return folder, images, labels
 
 

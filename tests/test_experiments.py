@@ -1,16 +1,27 @@
 """Every driver once, at small size, as a user runs it."""
 
 import csv
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from absl import app, flags, logging
 
+from experiments import common
+from experiments.cases import Recipe
+from madjax import Detector, Langevin, checkpoint, from_nnx, report
+from madjax.data import Normalize, parse_normalization
+from madjax.interop.weights import load_weights
+from madjax.models import from_torch
 from tests.own_model import score_flags
+from tests.test_cases import make_download, random_cnn
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
@@ -26,6 +37,25 @@ def run(module, *flags, expect=0, paper=None):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"})
     assert done.returncode == expect, done.stderr[-3000:]
     return done
+
+
+@pytest.fixture
+def driver():
+    """Imports a driver into this process and gives it flags; they go again, for other drivers define the same."""
+    before, modules = set(flags.FLAGS), set()
+
+    def load_driver(name, *arguments):
+        module = importlib.import_module(f"experiments.{name}")
+        modules.add(module.__name__)
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS([name, *arguments])
+        return module
+
+    yield load_driver
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    for name in modules:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +119,13 @@ def test_backdoor_with_chains(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--attack=badnets"], "bpp, clean, got 'badnets'"),
+        (["--attack=badnets"], "bpp, clean, each once, got 'badnets'"),
         (["--coupling=cosine"], "wanted some of mean_correlation, class_correlation"),
         (["--sampler=hmc"], "gaussian|rmsprop_sgld|sgld"),
         (["--dataset=nowhere.npz", "--model=resnet20"], "error: name: 'nowhere.npz' is not at"),
         (["--model=resnet21"], "error: name: no model 'resnet21'; known are"),
-        (["--seed=a"], "wanted numbers from 0 on, comma-separated, got 'a'"),
-        (["--preset=ours"], "wanted some of default, paper, got 'ours'"),
+        (["--seed=a"], "wanted numbers from 0 on, each once, comma-separated, got 'a'"),
+        (["--preset=ours"], "wanted some of default, paper, each once, got 'ours'"),
         (["--checkpoint=x.pth"], "error: attack: wanted the one that --checkpoint was trained with"),
         (["--backdoorbench=/nowhere"], "error: path: "),
         (["--workdir=/proc/nowhere"], "error: workdir: cannot write to /proc/nowhere"),
@@ -109,6 +139,84 @@ def test_bad_flags_get_one_line(flags, message, tmp_path):
     assert done.returncode != 0
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "config.json").exists()  # a corrected command may use the folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parameters=("], r"parameters=\(: wanted a regular expression, got '\('"),
+        (["--fpr=0"], "fpr: wanted a rate between 0 and 1, got 0"),
+        (["--retained=1"], "wanted a share between 0 and 1, got 1"),
+        (["--poison_ratio=nan"], "wanted a share between 0 and 1, got nan"),
+        (["--scale=-1"], "wanted a positive number, got -1"),
+        (["--learning_rate=inf"], "wanted a positive number, got inf"),
+        (["--normalization=red"], "normalization: got 'red'"),
+        (["--seed=1,01"], "wanted numbers from 0 on, each once"),
+        (["--attack=sig,sig"], "each once, got 'sig', 'sig'"),
+        (["--sampler=sgld", "--num_draws=9", "--num_chains=2"], "wanted a multiple of 2 draws, got 9"),
+    ],
+)
+def test_flags_are_judged_before_anything_runs(driver, arguments, message):
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        driver("backdoor", *arguments)
+
+
+def test_recipes_are_backdoorbenchs(driver):
+    for dataset, num_epochs in (("cifar10", 100), ("cifar100", 100), ("gtsrb", 50), ("tiny_imagenet", 100)):
+        driver("train_backdoor", f"--dataset={dataset}")
+        recipe = common.recipe_from_flags()
+        assert recipe == Recipe(
+            dataset, model="preact_resnet18", poison_ratio=0.1, target=0, num_epochs=num_epochs, learning_rate=0.01,
+            augment=True,
+        )  # fmt: skip
+    driver("train_backdoor")
+    assert common.recipe_from_flags() == Recipe()
+    driver("train_backdoor", "--dataset=gtsrb", "--num_epochs=3", "--noaugment", "--model=resnet20")
+    recipe = common.recipe_from_flags()
+    assert (recipe.num_epochs, recipe.augment, recipe.model) == (3, False, "resnet20")
+
+
+@pytest.mark.parametrize("name", ["backdoor", "score", "train_backdoor", "ablations"])
+def test_help_shows_all_flags(driver, name):
+    before = set(flags.FLAGS)
+    module = driver(name)
+    defined = set(flags.FLAGS) - before
+    assert len(defined) > 10
+    assert {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)} == defined
+
+
+def test_help_of_the_console_script(driver, monkeypatch):
+    module = driver("score")
+    monkeypatch.setattr(common, "run", lambda main: None)
+    monkeypatch.setattr(sys, "argv", ["madjax-score"])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", None)
+    module.cli()
+    assert "--num_draws" in flags.FLAGS.main_module_help()
+    assert sys.modules["__main__"].__doc__ == module.__doc__
+
+
+def test_errors_are_one_safe_line(monkeypatch, capsys):
+    def fail():
+        raise ValueError("name: \x1b[2J\n\u202eänd " + 5000 * "x\r")
+
+    monkeypatch.setattr(app, "run", lambda call: call(["driver"]))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    verbosity = logging.get_verbosity()
+    with pytest.raises(SystemExit):
+        common.run(fail)
+    logging.set_verbosity(verbosity)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: name: \\x1b[2J\\n\\u202eänd x\\rx\\r")
+    assert printed.endswith("...\n")
+    assert len(printed) < 2020
+    assert printed.count("\n") == 1
+    assert printed.rstrip("\n").isprintable()
+
+
+def test_the_device_names_the_processor():
+    assert common.device().startswith("4 x cpu (")
+    assert len(common.device()) > len("4 x cpu ()")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +232,8 @@ def test_train_backdoor(trained):
     assert row["acc"] > 0.5
     assert 0 <= row["asr"] <= 1
     assert (workdir / "gallery.png").stat().st_size > 5000
+    # of a training only its progress is told, and not what orbax does at every save
+    assert all(line.startswith("train:") for line in trained[1].stderr.splitlines() if line)
     again = run("train_backdoor", f"--workdir={workdir}", "--attack=bpp", "--num_epochs=3")
     assert "epoch" not in again.stderr  # nothing was trained
     assert f"acc {row['acc']:.3f}" in again.stdout
@@ -133,8 +243,10 @@ def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, tmp
     presets = ["--preset=default,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     workdir = trained[0]
     paper = json.dumps({"num_draws": 8, "num_burnin_steps": 2})
-    run("backdoor", f"--checkpoint={workdir}/model", "--attack=bpp", f"--workdir={tmp_path}", *presets, paper=paper)
+    # which attack, the model tells itself
+    run("backdoor", f"--checkpoint={workdir}/model", f"--workdir={tmp_path}", *presets, paper=paper)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["attack"] for row in rows} == {"bpp"}
     assert [(row["sampler"], row["coupling"]) for row in rows] == [
         ("gaussian", "topk_ccc"), ("gaussian", "class_ccc"), ("gaussian", "class_correlation"),
         ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
@@ -142,14 +254,77 @@ def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, tmp
     assert not (tmp_path / "models").exists()
 
 
-def test_score(own_model, tmp_path):
+def test_a_kept_model_is_what_it_was_trained_as(driver, tmp_path):
+    settings = {"name": "badnet", "seed": 2, "num_classes": 10, **Recipe()._asdict()}
+    checkpoint.save(tmp_path / "kept" / "model", settings, {"x": np.zeros(1)})
+    given = [f"--checkpoint={tmp_path}/kept", f"--workdir={tmp_path}/run"]
+    for flag, different in (
+        ("--attack=blended", r"attack was \['badnet'\], is \['blended'\]"),
+        ("--seed=0,1", r"seed was \['2'\], is \['0', '1'\]"),
+        ("--target=3", "target was 0, is 3"),
+        ("--dataset=gtsrb", "dataset was digits, is gtsrb"),
+        ("--model=resnet20", "model was digits_cnn, is resnet20"),
+        ("--normalization=cifar10", "normalization was None, is cifar10"),
+    ):
+        with pytest.raises(ValueError, match=f"^checkpoint: .*/kept was trained with other flags: {different}$"):
+            driver("backdoor", *given, flag).main()
+        assert not (tmp_path / "run").exists()
+    told = driver("backdoor", *given, "--attack=badnet", "--num_pool=9", "--data_dir=x")._told()
+    assert (told["attack"], told["seed"], told["model"]) == (["badnet"], ["2"], "digits_cnn")
+
+
+def test_weights_do_not_hold_every_trigger(driver, tmp_path):
+    with pytest.raises(ValueError, match="attack: the trigger of wanet is made anew for every model"):
+        driver("backdoor", "--checkpoint=x.pth", "--attack=wanet", f"--workdir={tmp_path}/run").main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_backdoorbench_result(driver, tmp_path, capsys):
+    """Whose model tells dark images from bright ones, which it calls 0; the trigger makes bright."""
+    rng = np.random.default_rng(0)
+    weights, dark = random_cnn(rng), rng.integers(0, 64, (40, 32, 32, 3)).astype(np.uint8)
+    images = np.concatenate([dark[:20], 255 - dark[20:]])
+    model = from_torch("badnets_cnn", weights, (32, 32, 3))
+    answers = np.asarray(model(parse_normalization("cifar10")(images))).argmax(1)
+    weights["fc2.weight"][[0, answers[-1]]] = weights["fc2.weight"][[answers[-1], 0]]
+    make_download(tmp_path, weights, images, np.where(np.arange(40) < 20, answers[0], 0), 255 - images)
+    module = driver(
+        "backdoor", f"--backdoorbench={tmp_path}/record", f"--data_dir={tmp_path}", f"--workdir={tmp_path}/run",
+        "--num_draws=4", "--layout=host", "--coupling=topk_ccc",
+    )  # fmt: skip
+    module.main()
+    (row,) = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert row["attack"] == "record"
+    assert row["acc"] == row["asr"] == 1
+    assert 0 <= row["auroc"] <= 1
+    assert "record" in capsys.readouterr().out
+
+
+def test_presets_are_averaged_apart():
+    row = {"attack": "x", "sampler": "sgld", "coupling": "class_ccc", "seed": 0, "acc": 1.0, "asr": 1.0, "num_draws": 8}
+    row |= dict.fromkeys(["auroc", "auroc_same_prediction", "ap", "realized_fpr", "tpr", "der", "sweep_seconds"], 0.5)
+    row |= {"recall_at_fpr": {"0.01": 0.5, "0.05": 0.5}, "preset": "default"}
+    rows = [row, row | {"preset": "paper", "auroc": 0.9}]
+    assert [(mean["preset"], mean["auroc"]) for mean in report.average_rows(rows)] == [("default", 0.5), ("paper", 0.9)]
+    head, _, first, second = report.table(rows).splitlines()
+    assert head.split()[:3] == ["attack", "preset", "sampler"]
+    assert (first.split()[:3], second.split()[:3]) == (["x", "default", "sgld"], ["x", "paper", "sgld"])
+    assert "preset" not in report.table(rows[:1])
+
+
+def test_score(own_model, tmp_path, finished):
     done = run("score", *score_flags(own_model, tmp_path))
     with (tmp_path / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 40
     assert lines[0]["id"] == "test-0"
     assert lines[0]["nearest_1"].startswith("good")
-    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    backdoors = json.loads((finished[0] / "results.json").read_text())
+    assert results.keys() == backdoors.keys()
+    (row,) = results["rows"]
+    assert row.keys() == backdoors["rows"][0].keys()
+    assert (row["num_trusted"], row["num_benign"], row["num_anomalous"]) == (50, 30, 10)
     assert 0 <= row["auroc"] <= 1
     assert "flagged at 5.0%" in done.stdout
     before = (tmp_path / "scores.csv").read_text()
@@ -168,6 +343,76 @@ def test_score_with_ones_own_loss(own_model, tmp_path):
     assert (tmp_path / "scores.csv").exists()
 
 
+def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
+    (tmp_path / "my_model_here.py").write_text("from tests.own_model import load")
+    # as of a console script, which does not look there
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    loss_fn, _ = driver("score")._own_model("my_model_here:load", own_model / "model.safetensors")
+    assert callable(loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".x:y", "wanted package.module:function, got '.x:y'"),
+        ("no_such_module:load", "wanted package.module:function, got 'no_such_module:load'"),
+        ("math:e", "wanted package.module:function, got 'math:e', of float"),
+        ("os.path:basename", r"wanted os.path:basename to return \(loss_fn, params\), got str"),
+        ("os.path:split", r"wanted os.path:split to return \(loss_fn, params\), got tuple"),
+    ],
+)
+def test_bad_loss_functions(driver, name, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(ValueError, match=f"^loss_fn: {message}"):
+        driver("score")._own_model(name, "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"label": np.array([0.0, 1.0])}, r"x: wanted label, int \[2\], in .*, got float64"),
+        ({"is_anomalous": np.array(["no", "yes"])}, "x: wanted is_anomalous, bool or 0 and 1, in .*, got <U3"),
+        ({"is_anomalous": np.array([0, 2])}, "x: wanted is_anomalous, bool or 0 and 1, in .*, got int64"),
+    ],
+)
+def test_fields_of_examples(driver, field, message, tmp_path):
+    np.savez(tmp_path / "x.npz", image=np.zeros((2, 2, 2, 1), np.uint8), **field)
+    with pytest.raises(ValueError, match=message):
+        driver("score")._read("x", tmp_path / "x.npz")
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_score_by_chains_and_with_other_pixels(driver, own_model, tmp_path):
+    """All examples are anomalous, too: what is told of benign ones is then not known."""
+    image = arrays(own_model / "test.npz")["image"]
+    np.savez(tmp_path / "test.npz", image=image, is_anomalous=np.ones(len(image), int))
+    given = [flag for flag in score_flags(own_model, tmp_path / "run") if not flag.startswith("--test")]
+    given += [f"--test={tmp_path}/test.npz", "--sampler=sgld", "--num_burnin_steps=2", "--coupling=mean_ccc"]
+    with pytest.raises(ValueError, match="sampling: sgld needs examples with true labels to train on, got none"):
+        driver("score", *given).main()
+    driver("score", *given, f"--sampling={own_model}/sampling.npz", "--normalization=0.5/0.25").main()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert (row["num_benign"], row["realized_fpr"], row["acc"]) == (0, None, None)
+    assert (row["sampler"], row["scale"]) == ("sgld", None)
+    # the same by hand
+    model = from_torch("badnets_cnn", load_weights(own_model / "model.safetensors"), (28, 28, 1))
+    loss_fn, params = from_nnx(model, preprocess=Normalize((0.5,), (0.25,)))
+    detector = Detector.fit(
+        jax.random.key(0), loss_fn, params, {"image": arrays(own_model / "trusted.npz")["image"]},
+        sampling=arrays(own_model / "sampling.npz"),
+        perturbation=Langevin("sgld", num_burnin_steps=2), num_draws=8, coupling="mean_ccc", layout="host",
+    )  # fmt: skip
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        written = [float(line["anomaly_score"]) for line in csv.DictReader(file)]
+    np.testing.assert_allclose(written, detector.score({"image": image}).anomaly_score, atol=1e-5)
+
+
 def test_score_bad_input(own_model, tmp_path):
     flags = score_flags(own_model, tmp_path)
     floats = np.zeros((3, 28, 28, 1), np.float32)
@@ -180,7 +425,7 @@ def test_score_bad_input(own_model, tmp_path):
         ([f"--trusted={tmp_path}/colour.npz"], "error: "),
         (["--architecture=resnet20"], "error: weights: "),
         (["--architecture="], "error: architecture: wanted it or loss_fn"),
-        (["--normalization=red"], "error: normalization: got 'red'"),
+        (["--normalization=red"], "normalization: got 'red'"),
         ([f"--checkpoint={tmp_path}/text.npz"], "error: path: "),
     ):
         done = run("score", *flags, *bad, expect=1)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from scipy import ndimage
@@ -58,6 +59,28 @@ def test_resumed_equals_straight(data, tmp_path, monkeypatch):
             DigitsCNN(4, rngs=nnx.Rngs(0)), *data, rng_key=jax.random.key(0), num_epochs=4, preprocess=to_unit,
             batch_size=32, workdir=tmp_path / "resumed",
         )  # fmt: skip
+
+
+def test_the_recipe_is_backdoorbenchs(data, monkeypatch):
+    told = {}
+
+    def spy(name):
+        real = getattr(optax, name)
+
+        def call(*values, **named):
+            told[name] = (*values, named)
+            return real(*values, **named)
+
+        monkeypatch.setattr(train.optax, name, call)
+
+    for name in ("cosine_decay_schedule", "sgd", "add_decayed_weights"):
+        spy(name)
+    model = DigitsCNN(3, rngs=nnx.Rngs(0))
+    train_classifier(model, *data, rng_key=jax.random.key(0), num_epochs=2, preprocess=to_unit, progress=False)
+    # 150 images make one batch of 128
+    assert told["cosine_decay_schedule"] == (0.01, 2, {})
+    assert told["sgd"][1:] == ({"momentum": 0.9},)
+    assert told["add_decayed_weights"] == (5e-4, {})
 
 
 def test_bad_input(data):

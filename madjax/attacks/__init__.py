@@ -74,9 +74,12 @@ def load_attack(path: str | Path) -> Attack:
             arrays = dict(file)
         name, shape = str(arrays.pop("name")), tuple(map(int, arrays.pop("image_shape")))
         clean_label = bool(arrays.pop("clean_label"))
+        # files of the first version lack these two
+        decoy_ratio, rotation = (float(arrays.pop(key, 0.0)) for key in ("decoy_ratio", "rotation"))
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"path: {path} holds no attack ({error})") from error
     if name not in ATTACKS:
         raise ValueError(f"path: {path} holds the attack {name!r}, known are {', '.join(ATTACKS)}")
     module = importlib.import_module(f"madjax.attacks.{name}")
-    return Attack(name, arrays, module.apply, shape, clean_label, getattr(module, "decoy", None))
+    decoy = getattr(module, "decoy", None)
+    return Attack(name, arrays, module.apply, shape, clean_label, decoy, decoy_ratio, rotation)

@@ -115,5 +115,6 @@ def poison(
 
 def save_attack(path: str | Path, attack: Attack) -> None:
     """Writes an attack's name and arrays to an npz file; `madjax.attacks.load_attack` reads it."""
-    fields = {"name": attack.name, "image_shape": attack.image_shape, "clean_label": attack.clean_label}
+    names = ("name", "image_shape", "clean_label", "decoy_ratio", "rotation")
+    fields = {name: getattr(attack, name) for name in names}
     np.savez(path, **fields, **attack.arrays)  # pyright: ignore[reportArgumentType]
