@@ -20,6 +20,9 @@ from madjax import from_nnx  # noqa: E402
 from madjax.models import DigitsCNN  # noqa: E402
 from tests.own_model import make_files  # noqa: E402
 
+# drivers define flags when they are imported, which the search for doctests would do
+collect_ignore = ["tiny_driver.py"]
+
 
 @pytest.fixture(scope="session")
 def digits_model():
