@@ -16,8 +16,14 @@ from tests.own_model import score_flags
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "chains"])
-@pytest.mark.parametrize(("num_kills", "num_draws"), [(2, 24), pytest.param(25, 160, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "num_kills", "num_draws"),
+    [
+        ("chains", 2, 24),
+        pytest.param("chains", 25, 160, marks=pytest.mark.slow),
+        pytest.param("gaussian", 25, 160, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_random_moments(kind, num_kills, num_draws, tmp_path):
     rng = np.random.default_rng(num_kills)
     folder, whole = tmp_path / "killed", []
