@@ -149,15 +149,9 @@ def _plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     for attack in dict.fromkeys(row["attack"] for row in rows):
         for axis, key in zip(axes, ("auroc", "der"), strict=True):
             shown = [[row[key] for row in rows if (row["attack"], row["value"]) == (attack, value)] for value in values]
-            means = [np.mean(group) if group else np.nan for group in shown]
-            spread = [
-                (np.mean(group) - min(group), max(group) - np.mean(group)) if group else (0, 0) for group in shown
-            ]
-            axis.errorbar(range(len(values)), means, np.transpose(spread), marker="o", capsize=3, label=attack)
+            report.plot_ranges(axis, list(map(str, values)), shown, attack)
     for axis, label in zip(axes, ("AUROC", "DER"), strict=True):
-        axis.set_xticks(range(len(values)), list(map(str, values)))
         axis.set(xlabel=name.replace("_", " "), ylabel=label)
-        axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle("mean and range over seeds", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -33,6 +33,7 @@ from experiments.cases import Case, TestSet
 from madjax import Detector, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.data import parse_normalization
+from madjax.store import changed
 
 common.define_training_flags()
 common.define_list(
@@ -99,13 +100,9 @@ def _told() -> dict[str, Any]:
     told = {"attack": [kept.name], "seed": [str(kept.seed)], "normalization": None, **kept.recipe._asdict()}
     # where the data lie, and how many are taken, may change after the training
     told = {name: value for name, value in told.items() if name not in ("data_dir", "num_pool")}
-    different = [
-        f"{name} was {value}, is {values[name].value}"
-        for name, value in told.items()
-        if values[name].present and values[name].value != value
-    ]
-    if different:
-        raise ValueError(f"checkpoint: {path} was trained with other flags: {'; '.join(different)}")
+    given = {name: values[name].value for name in told if values[name].present}
+    if different := changed({name: told[name] for name in given}, given):
+        raise ValueError(f"checkpoint: {path} was trained with other flags: {different}")
     return told
 
 

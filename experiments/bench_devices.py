@@ -18,12 +18,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from experiments import common
-from madjax import from_nnx, loss_matrix, sweep
-from madjax.models import MODELS, build_model
-from madjax.sampling import gaussian
+from madjax import loss_matrix, sweep
+from madjax.models import MODELS
 from madjax.sharding import place, put_examples, put_model
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -68,16 +66,7 @@ def _measure(path: Path) -> None:
     (count,) = map(int, values.num_devices)
     jax.config.update("jax_num_cpu_devices", count)
     shards = values.model_shards if count % values.model_shards == 0 else 1
-    shape = (8, 8, 1) if values.model == "digits_cnn" else (32, 32, 3)
-    model = build_model(values.model, 10, shape, rngs=nnx.Rngs(0))
-    loss_fn, params = from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
-    rng = np.random.default_rng(0)
-    examples = {
-        "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
-        "label": rng.integers(0, 10, values.num_examples).astype(np.int32),
-    }
-    mask = loss_fn.is_trainable(params)
-    draws = gaussian(jax.random.key(0), params, 0.05, num_draws=values.num_draws, mask=mask)
+    loss_fn, _, draws, examples = common.random_problem(values.model, values.num_examples, values.num_draws)
     # the program of one draw, a batch a device so that no loop hides work from XLA's count
     placement = place(values.num_examples, model_shards=shards)
     batch_size = values.num_examples // placement.parts("examples")

@@ -53,7 +53,7 @@ def main() -> None:
         folder = Path(values.data)
         models |= {name: lambda load=load: load(folder) for name, load in cases.PUBLISHED.items()}
     rows = [row for name, make in tqdm(models.items(), unit="model") for row in _rows(name, make())]
-    report.write_json(workdir / "results.json", {"config": config, "device": str(jax.devices()[0]), "rows": rows})
+    report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _plot(workdir / "scale.png", rows, list(models))
     for row in rows:
         print(" ".join(f"{value:.3f}" if isinstance(value, float) else f"{value!s:<18}" for value in row.values()))

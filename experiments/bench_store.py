@@ -16,14 +16,11 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
-from flax import nnx
 
 from experiments import common
-from madjax import Langevin, from_nnx, loss_matrix
-from madjax.models import MODELS, build_model
-from madjax.sampling import gaussian
+from madjax import Langevin, loss_matrix
+from madjax.models import MODELS
 from madjax.store import TraceStore
 
 flags.DEFINE_string("model", "digits_cnn", f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
@@ -38,20 +35,10 @@ flags.DEFINE_string("folder", None, "Folder for the store; a temporary one where
 def main() -> None:
     """Times both in turns."""
     values = flags.FLAGS
-    shape = (8, 8, 1) if values.model == "digits_cnn" else (32, 32, 3)
-    model = build_model(values.model, 10, shape, rngs=nnx.Rngs(0))
-    loss_fn, params = from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
-    rng = np.random.default_rng(0)
-    examples = {
-        "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
-        "label": rng.integers(0, 10, values.num_examples).astype(np.int32),
-    }
+    loss_fn, params, draws, examples = common.random_problem(values.model, values.num_examples, values.num_draws)
     if values.chains:
         chain = Langevin(num_burnin_steps=0)
         draws = chain.perturb(jax.random.key(0), loss_fn, params, examples, examples, values.num_draws).draws
-    else:
-        mask = loss_fn.is_trainable(params)
-        draws = gaussian(jax.random.key(0), params, 0.05, num_draws=values.num_draws, mask=mask)
     folder = Path(values.folder or tempfile.mkdtemp())
 
     def sweep(kept: bool) -> float:

@@ -15,15 +15,10 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from flax import nnx
 
 from experiments import common
-from madjax import from_nnx
-from madjax.models import MODELS, build_model
-from madjax.sampling import gaussian
+from madjax.models import MODELS
 from madjax.sweep import loss_matrix
 
 flags.DEFINE_string("model", "digits_cnn", f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
@@ -38,15 +33,9 @@ flags.DEFINE_list("layouts", ["host", "scan8", "vmap2", "vmap4", "vmap8"], "Layo
 def main() -> None:
     """Times all layouts."""
     values = flags.FLAGS
-    shape = (8, 8, 1) if values.model == "digits_cnn" else (32, 32, 3)
-    model = build_model(values.model, 10, shape, dtype=jnp.dtype(values.dtype), rngs=nnx.Rngs(0))
-    loss_fn, params = from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
-    rng = np.random.default_rng(0)
-    examples = {
-        "image": rng.integers(0, 256, (values.num_examples, *shape)).astype(np.uint8),
-        "label": rng.integers(0, 10, values.num_examples).astype(np.int32),
-    }
-    draws = gaussian(jax.random.key(0), params, 0.05, num_draws=values.num_draws, mask=loss_fn.is_trainable(params))
+    loss_fn, _, draws, examples = common.random_problem(
+        values.model, values.num_examples, values.num_draws, values.dtype
+    )
 
     def sweep(layout: str) -> float:
         start = time.perf_counter()
@@ -72,18 +61,17 @@ def main() -> None:
         compile_s, draws_s, losses_s = results[layout].values()
         print(f"{layout:<8} {compile_s:>9.2f} {draws_s:>9.1f} {losses_s:>10.0f}")
     best = min(medians[layout] for layout in values.layouts)
-    device = jax.devices()[0]
     print(
         json.dumps(
             {
-                "device": f"{len(jax.devices())} x {device.device_kind}",
+                "device": common.device(),
                 "model": values.model,
                 "dtype": values.dtype,
                 "num_draws": values.num_draws,
                 "num_examples": values.num_examples,
                 "layouts": results,
                 "auto_over_best": medians["auto"] / best,
-                "peak_memory_mib": _peak_memory(device) / 2**20,
+                "peak_memory_mib": _peak_memory(jax.devices()[0]) / 2**20,
             }
         )
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 
 from experiments import claims
 from experiments.grid import Grid
@@ -95,15 +94,8 @@ def _plot(path: Path, flag: str, values: list[str], rows: list[dict[str, Any]]) 
                 [row[key] for row in rows if (_kind(row), row["cell"][flag]) == (kind, value) and not _is_nan(row[key])]
                 for value in values
             ]
-            means = [np.mean(group) if group else np.nan for group in shown]
-            ranges = [
-                (mean - min(group), max(group) - mean) if group else (0, 0)
-                for group, mean in zip(shown, means, strict=True)
-            ]
-            axis.errorbar(range(len(values)), means, np.transpose(ranges), marker="o", capsize=3, label=kind)
-        axis.set_xticks(range(len(values)), values)
+            report.plot_ranges(axis, values, shown, kind)
         axis.set(xlabel=flag, ylabel=key)
-        axis.grid(alpha=0.3)
     if any(map(_kind, rows)):
         axes[0, 0].legend(fontsize=8)
     figure.suptitle("mean and range over all other flags", fontsize=9)

@@ -14,20 +14,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from flax import nnx
 
 from experiments.cases import Recipe
-from madjax import Detector, hosts
+from madjax import Detector, from_nnx, hosts
 from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS
 from madjax.data.images import FILES
-from madjax.models import MODELS
+from madjax.interop.guard import printable
+from madjax.models import MODELS, build_model
 from madjax.report import detection_row, write_json
-from madjax.sampling import split_chains, trace_diagnostics
+from madjax.sampling import gaussian, split_chains, trace_diagnostics
+from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation
 from madjax.sampling.scale import RETAINED
 from madjax.scorer import Scores, Traces
+from madjax.store import changed
 from madjax.sweep import Layout
 
 # what is defined here counts as the driver's own flags, which its --help shows
@@ -288,6 +293,22 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def random_problem(
+    model: str, num_examples: int, num_draws: int, dtype: str = "float32"
+) -> tuple[Any, Any, GaussianDraws, dict[str, np.ndarray]]:
+    """For benchmarks, to whose times weights and images do not matter: loss, parameters, draws and examples."""
+    shape = (8, 8, 1) if model == "digits_cnn" else (32, 32, 3)
+    network = build_model(model, 10, shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    loss_fn, params = from_nnx(network, preprocess=lambda image: image.astype("float32") / 255)
+    rng = np.random.default_rng(0)
+    examples = {
+        "image": rng.integers(0, 256, (num_examples, *shape)).astype(np.uint8),
+        "label": rng.integers(0, 10, num_examples).astype(np.int32),
+    }
+    draws = gaussian(jax.random.key(0), params, 0.05, num_draws=num_draws, mask=loss_fn.is_trainable(params))
+    return loss_fn, params, draws, examples
+
+
 def define_training_flags() -> None:
     """The flags of data set, model and training, for `recipe_from_flags`."""
     flags.DEFINE_string(
@@ -350,9 +371,8 @@ def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = 
         before = workdir / "config.json"
         if before.exists():
             old = json.loads(before.read_text())
-            different = [f"{k} was {old.get(k)}, is {v}" for k, v in config.items() if old.get(k) != v]
-            if different:
-                raise ValueError(f"workdir: {workdir} holds a run with other flags: {'; '.join(different)}")
+            if different := changed({name: old.get(name) for name in config}, config):
+                raise ValueError(f"workdir: {workdir} holds a run with other flags: {different}")
         if hosts.is_first():
             write_json(before, config)
     except OSError as error:
@@ -367,12 +387,6 @@ def detection_flag_names() -> list[str]:
         "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift", "coupling", "traces", "fpr", "per_class",
         "layout", "batch_size", "model_shards",
     ]  # fmt: skip
-
-
-def one_line(text: str) -> str:
-    """Text that may quote a file somebody else made, without characters that move the cursor, and 2,000 at most."""
-    safe = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:2001])
-    return safe if len(safe) <= 2000 else f"{safe[:1997]}..."
 
 
 # exit code of a run that was told to stop and will go on when started again (EX_TEMPFAIL of sysexits.h)
@@ -403,7 +417,7 @@ def run(main: Callable[[], None]) -> None:
                 hosts.connect(values.coordinator, values.num_hosts, values.host, values.coordinator_timeout)
             main()
         except (ValueError, FloatingPointError, OSError) as error:
-            print(f"error: {one_line(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error), 2000)}", file=sys.stderr, flush=True)
             if config is not None and is_new and hosts.is_first() and list(config.parent.glob("*")) == [config]:
                 config.unlink()
             if hosts.count() > 1:

@@ -293,7 +293,7 @@ def explain(loss_fn: LossFn, params: Params, examples: Batch, name: str) -> Batc
     """The examples, checked, with the model's own output as their label where the loss can tell it."""
     check_examples(examples, name)
     label = getattr(loss_fn, "label", None)
-    if label is None or jax.process_count() == 1:
+    if label is None or hosts.count() == 1:
         return examples if label is None else label(params, examples)
     # every host asks about its own examples; one that has none asks about the first, and drops the answer
     count = num_examples(examples)
@@ -359,7 +359,7 @@ def _store(
 ) -> TraceStore:
     """Losses kept under all that they depend on; `given` are pytrees of arrays."""
     settings = {name: None if tree is None else fingerprint(tree) for name, tree in given.items()} | settings
-    settings |= {"num_hosts": jax.process_count(), "device": jax.devices()[0].device_kind}
+    settings |= {"num_hosts": hosts.count(), "device": jax.devices()[0].device_kind}
     hosts.agree("workdir", settings)
     return TraceStore(workdir, settings, split, classes)
 

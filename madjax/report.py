@@ -23,6 +23,7 @@ from madjax.metrics import (
     recall_at_fpr,
 )
 from madjax.scorer import Scorer, Scores
+from madjax.store import write_whole
 
 _BENIGN, _ANOMALOUS = "#4477aa", "#cc3311"
 
@@ -52,11 +53,9 @@ def detection_row(scores: Scores, is_anomalous: np.ndarray, accuracy: float, asr
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a second file, so that a reader never sees half; NaN becomes null."""
+    """Writes JSON, of which a reader never sees half; NaN becomes null."""
     text = json.dumps(_without_nan(value), indent=1)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(path, text.encode())
 
 
 def _without_nan(value: Any) -> Any:
@@ -153,6 +152,14 @@ def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if isinstance(rows[0][key], float)}
     recall = {rate: float(np.mean([row["recall_at_fpr"][rate] for row in rows])) for rate in rows[0]["recall_at_fpr"]}
     return {**rows[0], **mean, "attack": "average", "seed": "all", "recall_at_fpr": recall}
+
+
+def plot_ranges(axes: Any, values: Sequence[str], groups: Sequence[Sequence[float]], label: str) -> None:
+    """A line through the means of `groups`, one a value, with bars from the least to the greatest of each."""
+    means, lows, highs = np.array([(np.mean(g), min(g), max(g)) if g else [np.nan] * 3 for g in groups]).T
+    axes.errorbar(range(len(values)), means, (means - lows, highs - means), marker="o", capsize=3, label=label)
+    axes.set_xticks(range(len(values)), values)
+    axes.grid(visible=True, alpha=0.3)
 
 
 def plot_histogram(path: Path, scores: Scores, is_anomalous: np.ndarray, threshold: float, title: str) -> None:

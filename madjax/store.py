@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,21 +57,15 @@ class TraceStore:
           ValueError: a store with other settings, or a damaged one.
         """
         self.path = epath.Path(folder) / TRACES
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = json.loads(json.dumps(settings))  # as they come back: a tuple is then a list
         self._split, self._prediction = split, prediction
         self.num_examples = sum(split.values())
         self.facts: dict[str, Any] = {}
         # by the first host's word: it may have begun the store by the time another looks
         if hosts.first(str((self.path / "zarr.json").exists())) == "True":
             attributes = _attributes(self.path)
-            old = attributes["settings"]
-            different = [
-                f"{key} was {old.get(key)}, is {self._settings.get(key)}"
-                for key in sorted(old.keys() | self._settings.keys())
-                if old.get(key) != self._settings.get(key)
-            ]
-            if different:
-                raise ValueError(f"workdir: {self.path} holds losses of other settings: {'; '.join(different)}")
+            if different := changed(attributes["settings"], self._settings):
+                raise ValueError(f"workdir: {self.path} holds losses of other settings: {different}")
             self.facts = attributes["facts"]
             self._open()
 
@@ -90,7 +84,7 @@ class TraceStore:
         """
         if self.facts:
             return
-        if jax.process_index() == 0:
+        if hosts.is_first():
             # what a start that did not come to its end has left
             if self.path.exists():
                 self.path.rmtree()
@@ -116,7 +110,7 @@ class TraceStore:
                 "node_type": "group",
                 "attributes": {"settings": self._settings, "facts": facts},
             }
-            _replace(self.path / "zarr.json", json.dumps(group, indent=1).encode())
+            write_whole(self.path / "zarr.json", json.dumps(group, indent=1).encode())
         hosts.barrier("store created")
         self.facts = _attributes(self.path)["facts"]
         self._open()
@@ -158,8 +152,8 @@ class TraceStore:
                 self._state_path(0).parent.mkdir(parents=True, exist_ok=True)
                 data = io.BytesIO()
                 np.savez(data, **state)  # pyright: ignore[reportArgumentType]
-                _replace(self._state_path(stop), data.getvalue())
-            if jax.process_index() == 0:
+                write_whole(self._state_path(stop), data.getvalue())
+            if hosts.is_first():
                 for name, values in info.items():
                     self._arrays[name][start:stop].write(np.asarray(values, np.float32)).result()
             self._arrays["loss"][start:stop, here.start : here.stop].write(losses).result()
@@ -170,11 +164,6 @@ class TraceStore:
                 f"the {start} draws before them are kept"
             ) from error
         self._forget(start, last)
-
-    def read(self) -> LossMatrix:
-        """The whole matrix, of all hosts, once they have written it."""
-        hosts.barrier("store written")
-        return np.asarray(self._arrays["loss"].read().result())
 
     def _make(self, name: str, dtype: str, axes: dict[str, tuple[int, int]], attributes: Any = None) -> Any:
         """A new array; `axes` are names -> (length, length of a chunk)."""
@@ -243,8 +232,19 @@ def _attributes(path: epath.Path) -> dict[str, Any]:
         raise ValueError(f"workdir: {path / 'zarr.json'} is damaged; remove {path} to begin anew") from error
 
 
-def _replace(path: epath.Path, data: bytes) -> None:
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """How settings differ, for a message; empty where they do not.
+
+    >>> changed({"seed": 0, "num_draws": 8}, {"seed": 1, "num_draws": 8})
+    'seed was 0, is 1'
+    """
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
+
+
+def write_whole(path: epath.PathLike, data: bytes) -> None:
     """Writes a file that is there whole or not at all."""
+    path = epath.Path(path)
     part = path.parent / f"{path.name}.part"
     part.write_bytes(data)
     part.replace(path)

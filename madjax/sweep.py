@@ -129,7 +129,7 @@ def loss_matrix(
         except (KeyboardInterrupt, SystemExit):
             rows.save()
             raise
-    return hosts.gather(rows.losses, count, axis=1) if store is None else store.read()
+    return hosts.gather(rows.losses, count, axis=1)
 
 
 class _Rows:

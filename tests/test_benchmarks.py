@@ -3,7 +3,7 @@
 import json
 
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
-from tests.test_experiments import run
+from tests.drivers import run
 
 
 def test_bench_devices():

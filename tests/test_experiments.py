@@ -3,11 +3,9 @@
 import csv
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,42 +18,25 @@ from madjax import Detector, Langevin, checkpoint, from_nnx, report
 from madjax.data import Normalize, parse_normalization
 from madjax.interop.weights import load_weights
 from madjax.models import from_torch
+from tests.drivers import ROOT, own_flags, run
 from tests.own_model import score_flags
 from tests.test_cases import make_download, random_cnn
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
-
-
-def run(module, *flags, expect=0, paper=None):
-    """Runs a driver; `paper` shortens the paper's preset, which would take an hour."""
-    command = [sys.executable, "-m", f"experiments.{module}", *flags]
-    if paper is not None:
-        code = f"import runpy; from experiments import common; common.PAPER.update({paper}); "
-        code += f"runpy.run_module('experiments.{module}', run_name='__main__')"
-        command = [sys.executable, "-c", code, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"})
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture
 def driver():
-    """Imports a driver into this process and gives it flags; they go again, for other drivers define the same."""
-    before, modules = set(flags.FLAGS), set()
+    """Imports a driver into this process and gives it flags."""
 
     def load_driver(name, *arguments):
         module = importlib.import_module(f"experiments.{name}")
-        modules.add(module.__name__)
         flags.FLAGS.unparse_flags()
         flags.FLAGS([name, *arguments])
         return module
 
-    yield load_driver
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    for name in modules:
-        del sys.modules[name]
+    with own_flags():
+        yield load_driver
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from madjax import open_traces
+from tests.drivers import ROOT
 from tests.host_worker import sweeps
 from tests.own_model import score_flags
-
-ROOT = Path(__file__).parents[1]
 
 
 def free_port():

@@ -4,16 +4,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.common import PREEMPTED
 from madjax import open_traces
+from tests.drivers import ROOT
 from tests.own_model import score_flags
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(

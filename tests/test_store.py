@@ -70,6 +70,19 @@ def interrupt(draws, monkeypatch):
     return interrupt
 
 
+@pytest.fixture
+def break_off(draws, examples, interrupt, tmp_path):
+    """Begins a sweep that dies at one of its draws; later ones do not."""
+
+    def break_off(layout, at):
+        interrupt(RuntimeError, at)
+        with pytest.raises(RuntimeError):
+            sweep_with(draws, examples, layout, store=store(tmp_path))
+        interrupt(RuntimeError, None)
+
+    return break_off
+
+
 def sweep_with(draws, examples, layout, **kwargs):
     return loss_matrix(
         linear.loss_fn, draws, examples, layout=layout, batch_size=16, devices=jax.devices()[:1], **kwargs
@@ -104,32 +117,23 @@ def test_a_finished_sweep_is_read_not_computed(draws, examples, interrupt, tmp_p
     assert [walk.walked for walk in walks] == [[]]
 
 
-def test_another_layout_does_not_change_what_was_begun(draws, examples, interrupt, tmp_path):
+def test_another_layout_does_not_change_what_was_begun(draws, examples, break_off, tmp_path):
     straight = sweep_with(draws, examples, "scan3")
-    interrupt(RuntimeError, 7)
-    with pytest.raises(RuntimeError):
-        sweep_with(draws, examples, "scan3", store=store(tmp_path))
-    interrupt(RuntimeError, None)
+    break_off("scan3", 7)
     matrix = sweep_with(draws, examples, "auto", store=store(tmp_path))
     np.testing.assert_array_equal(matrix, straight)
 
 
-def test_a_chain_without_its_state_walks_there_again(draws, examples, interrupt, tmp_path):
+def test_a_chain_without_its_state_walks_there_again(draws, examples, break_off, tmp_path):
     straight = sweep_with(draws, examples, "host")
-    interrupt(RuntimeError, 9)
-    with pytest.raises(RuntimeError):
-        sweep_with(draws, examples, "host", store=store(tmp_path))
-    interrupt(RuntimeError, None)
+    break_off("host", 9)
     for path in tmp_path.glob("*.chains/*"):
         path.unlink()
     np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
 
 
-def test_readers_see_a_labelled_set_while_it_fills(draws, examples, interrupt, tmp_path):
-    interrupt(RuntimeError, 9)
-    with pytest.raises(RuntimeError):
-        sweep_with(draws, examples, "host", store=store(tmp_path))
-    interrupt(RuntimeError, None)
+def test_readers_see_a_labelled_set_while_it_fills(draws, examples, break_off, tmp_path):
+    break_off("host", 9)
     half = open_traces(tmp_path)
     assert np.isfinite(half.loss[:8]).all()
     assert np.isnan(half.loss[8:]).all()
@@ -146,16 +150,13 @@ def test_readers_see_a_labelled_set_while_it_fills(draws, examples, interrupt, t
     np.testing.assert_array_equal(xr.open_zarr(str(tmp_path / TRACES), consolidated=False)["loss"], matrix)
 
 
-def test_bad_input(draws, examples, interrupt, tmp_path):
+def test_bad_input(draws, examples, break_off, tmp_path):
     with pytest.raises(ValueError, match="holds no losses"):
         open_traces(tmp_path)
     # a start that did not come to its end is begun anew
     (tmp_path / TRACES / "loss").mkdir(parents=True)
     (tmp_path / TRACES / "loss" / "zarr.json").write_text("{")
-    interrupt(RuntimeError, 13)
-    with pytest.raises(RuntimeError):
-        sweep_with(draws, examples, "host", store=store(tmp_path))
-    interrupt(RuntimeError, None)
+    break_off("host", 13)
     with pytest.raises(ValueError, match="losses of other settings: batch was None, is 3; model was a, is b"):
         store(tmp_path, model="b", batch=3)
     chunk = next((tmp_path / TRACES / "loss" / "c" / "1").iterdir())
@@ -172,12 +173,9 @@ def test_bad_input(draws, examples, interrupt, tmp_path):
         store(tmp_path)
 
 
-def test_a_full_disk_loses_no_whole_block(draws, examples, interrupt, tmp_path):
+def test_a_full_disk_loses_no_whole_block(draws, examples, break_off, tmp_path):
     straight = sweep_with(draws, examples, "host")
-    interrupt(RuntimeError, 9)
-    with pytest.raises(RuntimeError):
-        sweep_with(draws, examples, "host", store=store(tmp_path))
-    interrupt(RuntimeError, None)
+    break_off("host", 9)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     begun = store(tmp_path)
     try:

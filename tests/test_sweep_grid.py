@@ -20,22 +20,18 @@ import yaml
 from absl import flags
 
 from experiments import claims, grid
+from tests.drivers import ROOT, own_flags
 
-ROOT = Path(__file__).parents[1]
 JOBS = ROOT / "experiments" / "jobs"
 TINY = "--driver=tests.tiny_driver"
 
 
 @pytest.fixture(scope="module")
 def sweep():
-    """The module; its flags go again, for other drivers define the same."""
-    before = set(flags.FLAGS)
-    import experiments.sweep
+    with own_flags():
+        import experiments.sweep
 
-    yield experiments.sweep
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    del sys.modules["experiments.sweep"]
+        yield experiments.sweep
 
 
 @pytest.fixture

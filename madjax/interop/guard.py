@@ -23,12 +23,15 @@ def shown(value: Any) -> str:
     >>> print(shown("a\nb"), len(shown("a" * 999)))
     a\nb 200
     """
-    value = str(value) or (type(value).__name__ if isinstance(value, Exception) else "")
+    text = str(value) or (type(value).__name__ if isinstance(value, Exception) else "")
+    return printable(text[: _LENGTH + 1].replace("\\", "\\\\"), _LENGTH)
+
+
+def printable(text: str, length: int) -> str:
+    """The text without characters that move the cursor, `length` at most; what was `shown` in it stays as it is."""
     # format characters are not printable either, such as those that turn the direction of what follows
-    text = "".join(
-        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in value[: _LENGTH + 1]
-    )
-    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
+    return safe if len(safe) <= length else f"{safe[: length - 3]}..."
 
 
 def check_unfolded(where: str, size: int, held: int) -> None:
