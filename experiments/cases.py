@@ -158,8 +158,7 @@ def cell_rng(name: str, seed: int) -> np.random.Generator:
 def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | None = None) -> Case:  # noqa: B008
     """A model trained with the attack `name`, or clean; read from `folder` where it is there already.
 
-    lf and trojannn need a clean model of the same recipe, which is trained, or read, in the folder `clean-<seed>`
-    beside.
+    trojannn needs a clean model of the same recipe, which is trained, or read, in the folder `clean-<seed>` beside.
     """
     if folder is not None and (folder / "model").exists():
         return load_case(folder)

@@ -31,8 +31,8 @@ def test_a_kept_model_comes_back(tmp_path):
     np.testing.assert_array_equal(again.loss_fn(again.params, batch), case.loss_fn(case.params, batch))
 
 
-def test_attacks_that_need_a_clean_model_share_it(tmp_path):
-    cases.train_case("lf", 0, QUICK, tmp_path / "lf-0")
+def test_the_clean_model_that_an_attack_needs_is_kept_beside(tmp_path):
+    cases.train_case("trojannn", 0, QUICK, tmp_path / "trojannn-0")
     assert (tmp_path / "clean-0" / "model").is_dir()
     assert not (tmp_path / "clean-0" / "attack.npz").exists()
 

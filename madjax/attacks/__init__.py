@@ -46,7 +46,7 @@ def make_attack(
     Args:
       images, labels: uint8 `[n, height, width, channels]` and int `[n]`.
       target: a class, or `ALL_TO_ALL`.
-      clean_model: returns a clean NNX classifier and its preprocessing; called for lf and trojannn alone.
+      clean_model: returns a clean NNX classifier and its preprocessing; called for trojannn alone.
       settings: passed on to the attack.
 
     Raises:
