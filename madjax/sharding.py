@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 _AXES = ("examples", "draws", "model")
@@ -67,6 +68,54 @@ def split(block_fn: Callable[..., jax.Array], placement: Placement) -> Callable[
         axis_names=manual,
         check_vma=False,
     )
+
+
+def place_chains(num_chains: int, params: Any) -> Placement:
+    """As many devices of this host as chains can share evenly, as draws are split; one where a model takes several."""
+    devices = jax.local_devices()
+    alone = any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params))
+    parts = max(n for n in range(1, 2 if alone else len(devices) + 1) if num_chains % n == 0)
+    return place(1, devices[:parts])
+
+
+def put_chains(trees: Sequence[Any], placement: Placement) -> Any:
+    """One pytree a device, stacked; a leading axis of one on one device."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+    if placement.num_devices == 1:
+        return stacked
+    return jax.device_put(stacked, NamedSharding(placement.mesh, PartitionSpec("draws")))
+
+
+def part(stacked: Any, index: int, placement: Placement) -> Any:
+    """One pytree of what `put_chains` stacked, on the first device."""
+    if placement.num_devices == 1:
+        return jax.tree.map(lambda leaf: leaf[index], stacked)
+    first = placement.mesh.devices.flat[0]
+    return jax.tree.map(lambda leaf: jax.device_put(leaf.addressable_shards[index].data[0], first), stacked)
+
+
+def side_by_side(step: Callable[..., Any], placement: Placement) -> Callable[..., Any]:
+    """`step(*shared, own)` on every device with its own part of the last argument, whose leaves count devices first."""
+
+    def on_one_device(*args: Any) -> Any:
+        *shared, own = args
+        result = step(*shared, jax.tree.map(lambda leaf: leaf[0], own))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    if placement.num_devices == 1:
+        return on_one_device
+
+    def on_all(*args: Any) -> Any:
+        specs = tuple(PartitionSpec() for _ in args[1:])
+        return jax.shard_map(
+            on_one_device,
+            mesh=placement.mesh,
+            in_specs=(*specs, PartitionSpec("draws")),
+            out_specs=PartitionSpec("draws"),
+            check_vma=False,
+        )(*args)
+
+    return on_all
 
 
 def put_examples(examples: Any, placement: Placement) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from madjax import hosts
+from madjax.prefix import freeze
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, Walk
 from madjax.sharding import Placement, place, put_examples, put_model, split
@@ -103,8 +104,15 @@ def loss_matrix(
     count_here = here.stop - here.start
     placement = place(count_here, devices, model_shards)
     batch_size = min(batch_size, max(1, -(-count_here // placement.parts("examples"))))
-    chunks = _Chunks(jax.tree.map(lambda leaf: leaf[here], examples), count_here, batch_size, placement)
     draws = put_model(draws, placement)
+    own = jax.tree.map(lambda leaf: leaf[here], examples)
+    drawn = draws.drawn
+    if count_here and drawn is not None:
+        center = partial(draws.params, draws.any_item())
+        multiple = batch_size * placement.parts("examples")
+        put = partial(put_examples, placement=placement)
+        loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
+    chunks = _Chunks(own, count_here, batch_size, placement)
     if store is not None:
         layout = store.facts.get("layout", layout)  # another would round differently
     if layout == "auto":

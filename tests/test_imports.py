@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "madjax"
 # a module may import those to the left of it
 RIVER = [
-    "types", "losses", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
+    "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.scale", "sampling.perturbation", "hosts",
-    "sharding", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector",
+    "prefix", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "data", "interop", "metrics", "report")
 

@@ -1,7 +1,8 @@
 """Parallel chains: burn-in, thinning, reshuffled minibatches; the draws are the positions they pass.
 
-The steps run from a loop on the host over one compiled step: on the CPU backend a convolution's gradient inside a
-`lax.scan` is twenty times slower, and elsewhere the calls are queued ahead of the device.
+As many chains as the devices of a host can share evenly run side by side, one a device; such groups take turns. The
+steps run from a loop on the host over one compiled step: on the CPU backend a convolution's gradient inside a
+`lax.scan` is twenty times slower, and elsewhere the calls are queued ahead of the devices.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import WalkState
 from madjax.sampling.sgld import ChainState, Sampler, StepInfo
 from madjax.sampling.target import Target
+from madjax.sharding import Placement, part, place_chains, put_chains, put_model, side_by_side
 from madjax.types import Batch, Params, num_examples
 
 
@@ -33,6 +35,7 @@ class ChainDraws:
       num_steps_between_draws: 1 keeps every step.
       step_size: ε; drift ε/2, noise √ε.
       batch_size: examples a step. Every epoch is a new shuffle, and its last, smaller batch is used.
+      drawn: the leaves that move, in flattening order, where it is known that others do not.
     """
 
     rng_key: jax.Array
@@ -45,6 +48,7 @@ class ChainDraws:
     num_steps_between_draws: int = 1
     step_size: float = 1e-6
     batch_size: int = 256
+    drawn: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         for name in ("num_draws", "num_chains", "num_burnin_steps", "num_steps_between_draws", "batch_size"):
@@ -66,18 +70,16 @@ class ChainDraws:
 
 
 class ChainWalk:
-    """A walk along the chains, which take turns."""
+    """A walk along the chains, a draw of each in turn."""
 
     def __init__(self, draws: ChainDraws, start: int, state: WalkState | None):
         self._draws, self._next = draws, 0 if state is None else start
-        self._chains = [
-            _Chain(draws, jax.random.fold_in(draws.rng_key, number), draws.sampler.init(draws.target.center))
-            for number in range(draws.num_chains)
+        placement = place_chains(draws.num_chains, draws.target.center)
+        size = placement.parts("draws")
+        self._groups = [
+            _Group(draws, range(first, first + size), placement, state) for first in range(0, draws.num_chains, size)
         ]
         self._losses: list[float] = []
-        if state is not None:
-            for number, chain in enumerate(self._chains):
-                chain.restore({key: state[f"{number}/{key}"] for key in chain.saved()})
         while self._next < start:
             next(self)
         self._losses.clear()
@@ -90,68 +92,94 @@ class ChainWalk:
         if self._next == draws.num_draws:
             raise StopIteration
         draw, number = divmod(self._next, draws.num_chains)
-        steps = draws.num_steps_between_draws + (draws.num_burnin_steps if draw == 0 else 0)
-        loss = np.asarray(self._chains[number].advance(steps).loss)
+        group, member = divmod(number, len(self._groups[0].numbers))
+        if member == 0:
+            steps = draws.num_steps_between_draws + (draws.num_burnin_steps if draw == 0 else 0)
+            self._groups[group].advance(steps)
+        loss = self._groups[group].losses[member]
         ensure_finite(loss, f"minibatch loss of chain {number} at draw {draw}")
         self._losses.append(float(loss))
         self._next += 1
-        return self._chains[number].state.position
+        return self._groups[group].take(member).position
 
     def state(self) -> WalkState:
         """Where every chain stands; `items` goes on from it to the bit."""
-        return {
-            f"{number}/{key}": leaf for number, chain in enumerate(self._chains) for key, leaf in chain.saved().items()
-        }
+        return {name: leaf for group in self._groups for name, leaf in group.saved().items()}
 
     def info(self) -> dict[str, list[float]]:
         """The mean loss, in nats, of the last minibatch before each item."""
         return {"minibatch_loss": self._losses}
 
 
-class _Chain:
-    def __init__(self, settings: ChainDraws, rng_key: jax.Array, state: ChainState):
-        self.settings, self.rng_key, self.state = settings, rng_key, state
-        self.num_steps = 0
-        self._epoch, self._order = -1, np.zeros(0, int)
+class _Group:
+    """Chains that step together, one a device; `states` and `losses` have a leading axis over them."""
 
-    def saved(self) -> dict[str, Any]:
-        leaves = {str(index): leaf for index, leaf in enumerate(jax.tree.leaves(self.state))}
-        return {"num_steps": self.num_steps, **leaves}
+    def __init__(self, settings: ChainDraws, numbers: range, placement: Placement, state: WalkState | None):
+        self.settings, self.numbers, self.placement = settings, numbers, placement
+        self._keys = [jax.random.fold_in(settings.rng_key, number) for number in numbers]
+        # a stream of its own, so that no shuffle shares a key with a step's noise
+        self._shuffle_keys = [jax.random.fold_in(key, 2**31 - 1) for key in self._keys]
+        self._target = settings.target._replace(center=put_model(settings.target.center, placement))
+        first = settings.sampler.init(settings.target.center)
+        self.num_steps, self.losses = 0, np.zeros(len(numbers), np.float32)
+        self._epoch, self._orders = -1, []
+        if state is None:
+            states = [first] * len(numbers)
+        else:
+            self.num_steps = int(state[f"{numbers[0]}/num_steps"])
+            self.losses = np.array([state[f"{number}/loss"] for number in numbers])
+            names, treedef = range(len(jax.tree.leaves(first))), jax.tree.structure(first)
+            states = [treedef.unflatten([state[f"{number}/{name}"] for name in names]) for number in numbers]
+        self.states = put_chains(states, placement)
 
-    def restore(self, saved: WalkState) -> None:
-        self.num_steps = int(saved["num_steps"])
-        leaves, treedef = jax.tree.flatten(self.state)
-        self.state = jax.tree.unflatten(treedef, [jnp.asarray(saved[str(index)]) for index in range(len(leaves))])
+    def take(self, member: int) -> ChainState:
+        return part(self.states, member, self.placement)
 
-    def advance(self, steps: int) -> StepInfo:
+    def saved(self) -> WalkState:
+        result = {}
+        for member, number in enumerate(self.numbers):
+            leaves = dict(enumerate(jax.tree.leaves(self.take(member))))
+            own = {"num_steps": self.num_steps, "loss": self.losses[member], **leaves}
+            result |= {f"{number}/{name}": leaf for name, leaf in own.items()}
+        return result
+
+    def advance(self, steps: int) -> None:
         settings = self.settings
-        info = StepInfo(jnp.zeros(()))
+        info = StepInfo(jnp.asarray(self.losses))
         for _ in range(steps):
-            self.state, info = _step(
-                settings.sampler.step,
-                jax.random.fold_in(self.rng_key, self.num_steps),
-                self.state,
-                settings.target,
-                self._minibatch(),
-                settings.step_size,
-            )
+            keys = [jax.random.fold_in(key, self.num_steps) for key in self._keys]
+            self.states, info = _step(
+                settings.sampler.step, self.placement, put_chains(keys, self.placement), self.states, self._target,
+                put_chains(self._minibatches(), self.placement), settings.step_size,
+            )  # fmt: skip
             self.num_steps += 1
-        return info
+        self.losses = np.asarray(info.loss)
 
-    def _minibatch(self) -> Batch:
-        count = num_examples(self.settings.examples)
-        epoch, batch = divmod(self.num_steps, -(-count // self.settings.batch_size))
+    def _minibatches(self) -> list[Batch]:
+        size, count = self.settings.batch_size, num_examples(self.settings.examples)
+        epoch, batch = divmod(self.num_steps, -(-count // size))
         if epoch != self._epoch:
-            # a stream of its own, so that no shuffle shares a key with a step's noise
-            shuffle_key = jax.random.fold_in(jax.random.fold_in(self.rng_key, 2**31 - 1), epoch)
-            self._epoch, self._order = epoch, np.asarray(jax.random.permutation(shuffle_key, count))
-        chosen = self._order[batch * self.settings.batch_size : (batch + 1) * self.settings.batch_size]
-        return jax.tree.map(lambda x: x[chosen], self.settings.examples)
+            keys = [jax.random.fold_in(key, epoch) for key in self._shuffle_keys]
+            self._epoch, self._orders = epoch, [np.asarray(jax.random.permutation(key, count)) for key in keys]
+        chosen = [order[batch * size : (batch + 1) * size] for order in self._orders]
+        return [jax.tree.map(lambda x, rows=rows: x[rows], self.settings.examples) for rows in chosen]
 
 
-@partial(jax.jit, static_argnums=0)
-def _step(step: Any, rng_key: jax.Array, state: ChainState, target: Target, minibatch: Batch, step_size: float):
-    return step(rng_key, state, target, minibatch, step_size)
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(
+    step: Any,
+    placement: Placement,
+    rng_keys: jax.Array,
+    states: ChainState,
+    target: Target,
+    minibatches: Batch,
+    step_size: float,
+) -> tuple[ChainState, StepInfo]:
+    def one(target: Target, step_size: float, own: Any) -> Any:
+        rng_key, state, minibatch = own
+        return step(rng_key, state, target, minibatch, step_size)
+
+    return side_by_side(one, placement)(target, step_size, (rng_keys, states, minibatches))
 
 
 def split_chains(matrix: np.ndarray, num_chains: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from arviz_stats.base.array import array_stats
 
 
 class TraceDiagnostics(NamedTuple):
@@ -31,6 +30,8 @@ def trace_diagnostics(traces: np.ndarray) -> TraceDiagnostics:
     """
     if traces.ndim != 3 or traces.shape[1] < 4:
         raise ValueError(f"traces: wanted [num_chains, num_draws >= 4, num_examples], got {traces.shape}")
+    from arviz_stats.base.array import array_stats  # as long to import as all the rest, and chains alone need it
+
     return TraceDiagnostics(
         np.asarray(array_stats.ess(traces, chain_axis=0, draw_axis=1)),
         np.asarray(array_stats.rhat(traces, chain_axis=0, draw_axis=1)),

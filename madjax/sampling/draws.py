@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -43,6 +43,11 @@ class Draws(Protocol):
     @property
     def num_draws(self) -> int: ...
 
+    @property
+    def drawn(self) -> tuple[bool, ...] | None:
+        """Which leaves of the parameters differ between draws, in flattening order; None: any may."""
+        ...
+
     def items(self, start: int = 0, state: WalkState | None = None) -> Walk:
         """Yields one pytree of arrays a draw, in order, from draw `start` on.
 
@@ -80,7 +85,7 @@ class IndexedWalk:
 
 
 # a leafless pytree: inside the compiled sweep an item already is the parameters
-@partial(jax.tree_util.register_static)
+@functools.partial(jax.tree_util.register_static)
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredDraws:
     """Draws kept in memory, for instance a chain's.
@@ -95,6 +100,10 @@ class StoredDraws:
     def num_draws(self) -> int:
         return jax.tree.leaves(self.stacked)[0].shape[0]
 
+    @property
+    def drawn(self) -> tuple[bool, ...]:
+        return tuple(bool((np.asarray(leaf) != np.asarray(leaf[:1])).any()) for leaf in jax.tree.leaves(self.stacked))
+
     def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
         del state
         return IndexedWalk(lambda index: jax.tree.map(lambda leaf: leaf[index], self.stacked), start, self.num_draws)
@@ -106,7 +115,7 @@ class StoredDraws:
         return item
 
 
-@partial(jax.tree_util.register_static)
+@functools.partial(jax.tree_util.register_static)
 class RecordedDraws:
     """Other draws, kept on the host as a sweep walks them."""
 
@@ -117,6 +126,10 @@ class RecordedDraws:
     @property
     def num_draws(self) -> int:
         return self._draws.num_draws
+
+    @property
+    def drawn(self) -> tuple[bool, ...] | None:
+        return self._draws.drawn
 
     def items(self, start: int = 0, state: WalkState | None = None) -> Walk:
         del state  # what came before has to be seen again

@@ -126,6 +126,7 @@ class Langevin:
             num_steps_between_draws=self.num_steps_between_draws,
             step_size=self.step_size,
             batch_size=self.batch_size,
+            drawn=None if self.drift else tuple(jax.tree.leaves(mask)),
         )
         steps = self.num_chains * self.num_burnin_steps + num_draws * self.num_steps_between_draws
         # a gradient costs a forward pass and about two more
