@@ -3,7 +3,8 @@ r"""What keeping a sweep's losses on disk costs: sweeps with and without a store
     python -m experiments.bench_store --model=wrn16_1 --num_examples=512
 
 Of the same draws and examples, the program compiled before; the medians of --repeats turns. "--chains" also keeps where
-the chain stands. Prints JSON: seconds of each, and the overhead as a share of the sweep's time.
+the chain stands. Prints JSON: seconds of each, the overhead as a share of the sweep's time, and the seconds that the
+sweep waited in the store's methods, which do not drown in the scatter of a busy machine.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -41,17 +44,33 @@ def main() -> None:
         draws = chain.perturb(jax.random.key(0), loss_fn, params, examples, examples, values.num_draws).draws
     folder = Path(values.folder or tempfile.mkdtemp())
 
+    waited: list[float] = []
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*args)
+            waited[-1] += time.perf_counter() - start
+            return result
+
+        return call
+
     def sweep(kept: bool) -> float:
         # a finished store would only be read
         shutil.rmtree(folder, ignore_errors=True)
-        start = time.perf_counter()
-        store = TraceStore(folder, {}, {"test": values.num_examples}) if kept else None
+        start, store = time.perf_counter(), None
+        if kept:
+            store = TraceStore(folder, {}, {"test": values.num_examples})
+            waited.append(time.perf_counter() - start)
+            for name in ("create", "whole", "state", "write"):
+                setattr(store, name, timed(getattr(store, name)))
         loss_matrix(loss_fn, draws, examples, layout=values.layout, store=store)
         return time.perf_counter() - start
 
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for kept in (True, False):
         sweep(kept)  # compiles
+    waited.clear()
     for turn in range(values.repeats):
         for kept in (turn % 2 == 0, turn % 2 == 1):
             seconds[kept].append(sweep(kept))
@@ -62,6 +81,7 @@ def main() -> None:
         **{name: values[name].value for name in ("model", "num_examples", "num_draws", "chains", "layout", "repeats")},
         "seconds_without": seconds[False],
         "seconds_with": seconds[True],
+        "seconds_waited": waited,
         "overhead": kept / without - 1,
     }
     print(json.dumps(result))

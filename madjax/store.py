@@ -1,24 +1,32 @@
 """Losses on disk, a block of draws at a time: a Zarr v3 group that any reader of the format opens while it fills.
 
 `loss[draw, example]` is in chunks of one block of draws times one host's examples. A chunk is written under another
-name and then renamed, so it is there whole or not at all; what is not there reads as NaN, which no loss is. Beside it
-lie `prediction[example]` and `split[example]`, what else is known of every draw, and, as attributes of the group, all
-settings that the losses depend on. The group's own metadata are written last: without them the store was not begun.
-Chains keep where they stand in `<path>.chains/`, written before the block that ends there.
+name and then renamed, or put into a bucket as one object, so it is there whole or not at all; what is not there reads
+as NaN, which no loss is. Beside it lie `prediction[example]` and `split[example]`, what else is known of every draw,
+and, as attributes of the group, all settings that the losses depend on. The group's own metadata are written last:
+without them the store was not begun. Chains keep where they stand in `<path>.chains/`, written before the block that
+ends there.
+
+Everything goes through tensorstore, into a folder as into a bucket (gs://). A block is written while the next one is
+computed, and synchronized to the disk; the few small files that hold no losses are left to the system to write out.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import jax
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
 from madjax import hosts
 from madjax.sampling.draws import WalkState
@@ -30,6 +38,10 @@ if TYPE_CHECKING:
 TRACES = "traces.zarr"
 # draws of a block unless a layout needs more
 BLOCK = 16
+# a machine that fails within seconds of a start may cost that start; to wait for the disk costs every start
+_UNSYNCED = ts.Context({"file_io_sync": False})
+# writes one block after the other; Python does not end before it is done
+_WRITER = ThreadPoolExecutor(1)
 
 
 class TraceStore:
@@ -49,6 +61,7 @@ class TraceStore:
         """Opens the store in `folder`, or one to be.
 
         Args:
+          folder: local, or a bucket's such as "gs://bucket/run".
           settings: all that the losses depend on, of JSON's types; a store of other settings is refused.
           split: names of the parts of the examples -> how many, in order.
           prediction: int `[num_examples]`, the predicted classes.
@@ -56,18 +69,19 @@ class TraceStore:
         Raises:
           ValueError: a store with other settings, or a damaged one.
         """
-        self.path = epath.Path(folder) / TRACES
+        self.path = _path(folder)
         self._settings = json.loads(json.dumps(settings))  # as they come back: a tuple is then a list
         self._split, self._prediction = split, prediction
         self.num_examples = sum(split.values())
         self.facts: dict[str, Any] = {}
+        self._written = _WRITER.submit(int)
         # by the first host's word: it may have begun the store by the time another looks
-        if hosts.first(str((self.path / "zarr.json").exists())) == "True":
-            attributes = _attributes(self.path)
+        if attributes := json.loads(hosts.first(json.dumps(_attributes(self.path)))):
             if different := changed(attributes["settings"], self._settings):
                 raise ValueError(f"workdir: {self.path} holds losses of other settings: {different}")
             self.facts = attributes["facts"]
             self._open()
+        self._chains = _files(f"{self.path}.chains")
 
     @property
     def block(self) -> int:
@@ -84,36 +98,42 @@ class TraceStore:
         """
         if self.facts:
             return
+        facts = {"layout": layout, "block": block, "info": list(info)}
         if hosts.is_first():
-            # what a start that did not come to its end has left
-            if self.path.exists():
-                self.path.rmtree()
-            self.path.mkdir(parents=True)
-            width, count = hosts.range_size(self.num_examples), self.num_examples
-            self._make("loss", "float32", {"draw": (num_draws, block), "example": (count, width)})
-            codes = np.repeat(np.arange(len(self._split)), list(self._split.values()))
-            meanings = {"flag_values": list(range(len(self._split))), "flag_meanings": " ".join(self._split)}
-            self._make("split", "uint8", {"example": (count, count)}, meanings).write(codes.astype(np.uint8)).result()
-            index = np.concatenate([np.arange(size) for size in self._split.values()])
-            self._make("example", "int64", {"example": (count, count)}).write(index).result()
-            if self._prediction is not None:
-                classes = self._make("prediction", "int32", {"example": (count, count)})
-                classes.write(np.asarray(self._prediction, np.int32)).result()
-            if num_chains > 1:
-                chain = np.arange(num_draws, dtype=np.int32) % num_chains
-                self._make("chain", "int32", {"draw": (num_draws, num_draws)}).write(chain).result()
-            for name in info:
-                self._make(name, "float32", {"draw": (num_draws, block)})
-            facts = {"layout": layout, "block": block, "info": list(info)}
-            group = {
-                "zarr_format": 3,
-                "node_type": "group",
-                "attributes": {"settings": self._settings, "facts": facts},
-            }
-            write_whole(self.path / "zarr.json", json.dumps(group, indent=1).encode())
+            try:
+                self._begin(num_draws, block, num_chains, info, facts)
+            except ValueError as error:
+                raise ValueError(f"workdir: cannot begin {self.path} ({_reason(error)})") from error
         hosts.barrier("store created")
-        self.facts = _attributes(self.path)["facts"]
+        self.facts = facts
         self._open()
+
+    def _begin(self, num_draws: int, block: int, num_chains: int, info: Iterable[str], facts: dict[str, Any]) -> None:
+        # what a start that did not come to its end has left, and states of a store that was removed
+        files = _files(self.path)
+        for folder in (files, self._chains):
+            folder.delete_range(ts.KvStore.KeyRange()).result()
+        count, sizes = self.num_examples, list(self._split.values())
+        known = {
+            "split": ("example", np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)),
+            "example": ("example", np.concatenate([np.arange(size) for size in sizes])),
+        }
+        if self._prediction is not None:
+            known["prediction"] = ("example", np.asarray(self._prediction, np.int32))
+        if num_chains > 1:
+            known["chain"] = ("draw", np.arange(num_draws, dtype=np.int32) % num_chains)
+        # all at a time, for a bucket takes long to answer
+        loss = self._make("loss", "float32", draw=(num_draws, block), example=(count, hosts.range_size(count)))
+        made = [loss, *(self._make(name, "float32", draw=(num_draws, block)) for name in info)]
+        begun = {
+            name: self._make(name, values.dtype.name, **{axis: (len(values), len(values))})
+            for name, (axis, values) in known.items()
+        }
+        made += [array.result().write(known[name][1]) for name, array in begun.items()]
+        for future in made:
+            future.result()
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"settings": self._settings, "facts": facts}}
+        files.write("zarr.json", json.dumps(group, indent=1)).result()
 
     def whole(self) -> LossMatrix:
         """This host's columns of the leading draws that are there whole, float32 `[num_whole, num_here]`.
@@ -124,50 +144,66 @@ class TraceStore:
         here = hosts.host_range(self.num_examples)
         if not self.facts:
             return np.zeros((0, here.stop - here.start), np.float32)
+        reads = [self._arrays["loss"][:, here.start : here.stop].read()]
+        reads += [self._arrays[name].read() for name in self.facts["info"]]
         try:
-            losses = np.asarray(self._arrays["loss"][:, here.start : here.stop].read().result())
+            losses, *info = [np.asarray(read.result()) for read in reads]
         except ValueError as error:
             raise ValueError(_damaged(self.path, error)) from error
-        missing = np.flatnonzero(np.isnan(losses).any(axis=1))
-        return losses[: missing[0] if len(missing) else len(losses)]
+        # they are written side by side, so either may be there alone
+        missing = np.any([np.isnan(losses).any(axis=1), *map(np.isnan, info)], axis=0)
+        return losses[: missing.argmax() if missing.any() else len(losses)]
 
     def state(self, num_draws: int) -> WalkState | None:
         """Where the chains stood after `num_draws` draws, if that is kept."""
-        path = self._state_path(num_draws)
-        if not path.exists():
+        kept = self._chains.read(self._state_name(num_draws)).result().value
+        try:
+            with np.load(io.BytesIO(kept), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # none, or damaged: the chains walk there again
             return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
 
     def write(self, start: int, losses: LossMatrix, info: dict[str, list[float]], state: WalkState | None) -> None:
         """Writes this host's losses of draws from `start` on, `[num, num_here]`, and where the chains stand after them.
 
+        Returns while a whole block is being written, unless it is the last.
+
         Raises:
-          ValueError: where the disk refuses; what was written before stays.
+          ValueError: where the disk refuses, or refused the block before; what was written before stays.
         """
+        self._written.result()
+        self._written = _WRITER.submit(self._write, start, losses, info, state)
+        if len(losses) < self.block or start + len(losses) == self._arrays["loss"].shape[0]:
+            self._written.result()
+
+    def _write(self, start: int, losses: LossMatrix, info: dict[str, list[float]], state: WalkState | None) -> None:
         stop, here = start + len(losses), hosts.host_range(self.num_examples)
         last = stop == self._arrays["loss"].shape[0]
         try:
             if state is not None and not last:
-                self._state_path(0).parent.mkdir(parents=True, exist_ok=True)
                 data = io.BytesIO()
                 np.savez(data, **state)  # pyright: ignore[reportArgumentType]
-                write_whole(self._state_path(stop), data.getvalue())
+                self._chains.write(self._state_name(stop), data.getvalue()).result()
+            begun = [self._arrays["loss"][start:stop, here.start : here.stop].write(losses)]
             if hosts.is_first():
                 for name, values in info.items():
-                    self._arrays[name][start:stop].write(np.asarray(values, np.float32)).result()
-            self._arrays["loss"][start:stop, here.start : here.stop].write(losses).result()
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(error)
+                    begun.append(self._arrays[name][start:stop].write(np.asarray(values, np.float32)))
+            for future in begun:
+                future.result()
+        except ValueError as error:
             raise ValueError(
-                f"workdir: cannot write draws {start} to {stop - 1} to {self.path} ({reason}); "
+                f"workdir: cannot write draws {start} to {stop - 1} to {self.path} ({_reason(error)}); "
                 f"the {start} draws before them are kept"
             ) from error
-        self._forget(start, last)
+        if state is not None:
+            # no later start can need any but the one before the newest block, and the newest
+            older = ts.KvStore.KeyRange(self._state_name(0), self._state_name(stop if last else start))
+            self._chains.delete_range(older).result()
 
-    def _make(self, name: str, dtype: str, axes: dict[str, tuple[int, int]], attributes: Any = None) -> Any:
-        """A new array; `axes` are names -> (length, length of a chunk)."""
+    def _make(self, name: str, dtype: str, **axes: tuple[int, int]) -> ts.Future:
+        """A new array to be; axes are (length, length of a chunk)."""
         lengths, chunks = (list(values) for values in zip(*axes.values(), strict=True))
+        meanings = {"flag_values": list(range(len(self._split))), "flag_meanings": " ".join(self._split)}
         metadata = {
             "shape": lengths,
             "data_type": dtype,
@@ -176,29 +212,21 @@ class TraceStore:
             # a checksum, so that a chunk cut off or altered is noticed
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "dimension_names": list(axes),
-            "attributes": attributes or {},
+            "attributes": meanings if name == "split" else {},
         }
-        return ts.open(self._spec(name) | {"metadata": metadata}, create=True).result()
+        return ts.open(self._spec(name) | {"metadata": metadata}, create=True, context=_UNSYNCED)
 
     def _open(self) -> None:
         names = ["loss", *self.facts["info"]]
-        self._arrays = {name: ts.open(self._spec(name), open=True).result() for name in names}
+        opened = [ts.open(self._spec(name), open=True) for name in names]
+        self._arrays = {name: array.result() for name, array in zip(names, opened, strict=True)}
 
     def _spec(self, name: str) -> dict[str, Any]:
-        path = str(self.path / name)
-        return {"driver": "zarr3", "kvstore": path if "://" in path else f"file://{Path(path).absolute()}/"}
+        return {"driver": "zarr3", "kvstore": _kvstore(f"{self.path}/{name}")}
 
-    def _state_path(self, num_draws: int) -> epath.Path:
+    def _state_name(self, num_draws: int) -> str:
         # every host walks the same chains, and comes to the end of a block when it does
-        folder = self.path.parent / f"{self.path.name}.chains"
-        return folder / f"host-{jax.process_index()}-draw-{num_draws:06d}.npz"
-
-    def _forget(self, start: int, last: bool) -> None:
-        """Drops the states that no later start can need: all but the one before the newest block, and the newest."""
-        folder = self._state_path(0).parent
-        for path in folder.glob(f"host-{jax.process_index()}-*") if folder.exists() else []:
-            if last or path.name < self._state_path(start).name:
-                path.unlink()
+        return f"host-{jax.process_index()}-draw-{num_draws:06d}.npz"
 
 
 def open_traces(workdir: str | Path) -> xr.Dataset:
@@ -209,27 +237,52 @@ def open_traces(workdir: str | Path) -> xr.Dataset:
       ("trusted" or "test"), `example` (its number in its split), and `prediction` where examples have a class.
 
     Raises:
-      ValueError: where there are none.
+      ValueError: where there are none, or what reads buckets is not installed.
     """
     import xarray as xr  # a second to import, and nothing else needs it
 
-    path = epath.Path(workdir)
-    path = path if path.name == TRACES else path / TRACES
-    _attributes(path)
-    data = xr.open_zarr(str(path), consolidated=False)
+    path = _path(workdir)
+    if _attributes(path) is None:
+        raise ValueError(f"workdir: {path} holds no losses, or none yet")
+    try:
+        data = xr.open_zarr(path, consolidated=False)
+    except ImportError as error:
+        raise ValueError(f"workdir: cannot read {path} ({_reason(error)}); pip install 'madjax[gcs]'") from error
     names = np.array(data["split"].attrs["flag_meanings"].split())
     data = data.assign_coords(draw=np.arange(data.sizes["draw"]), split=("example", names[data["split"].values]))
     return data.set_coords([name for name in ("chain", "example", "prediction") if name in data.variables])
 
 
-def _attributes(path: epath.Path) -> dict[str, Any]:
-    if not (path / "zarr.json").exists():
-        raise ValueError(f"workdir: {path} holds no losses, or none yet")
+def _path(workdir: str | Path) -> str:
+    path = os.fspath(workdir)
+    if re.match(r"\w\w+:/(?!/)", path):
+        raise ValueError(f"workdir: {path} was made a pathlib.Path, which drops a slash of a bucket's; give a string")
+    return path.rstrip("/") if Path(path).name == TRACES else os.path.join(path, TRACES)
+
+
+def _kvstore(path: str) -> str | dict[str, str]:
+    """A folder or a prefix of a bucket, as tensorstore wants it named."""
+    return f"{quote(path, safe=':/')}/" if "://" in path else {"driver": "file", "path": f"{Path(path).absolute()}/"}
+
+
+def _files(path: str) -> ts.KvStore:
+    return ts.KvStore.open(_kvstore(path), context=_UNSYNCED).result()
+
+
+def _attributes(path: str) -> dict[str, Any] | None:
+    """Settings and facts; None where the store was not begun."""
+    _WRITER.submit(int).result()  # what this process has begun to write is to be seen
     try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        found = _files(path).read("zarr.json").result()
+    except ValueError as error:
+        raise ValueError(f"workdir: cannot read {path} ({_reason(error)})") from error
+    if found.state == "missing":
+        return None
+    try:
+        attributes = json.loads(found.value)["attributes"]
         return {"settings": attributes["settings"], "facts": attributes["facts"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"workdir: {path / 'zarr.json'} is damaged; remove {path} to begin anew") from error
+        raise ValueError(f"workdir: {path}/zarr.json is damaged; remove {path} to begin anew") from error
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -242,17 +295,18 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
 
 
-def write_whole(path: epath.PathLike, data: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    path = epath.Path(path)
-    part = path.parent / f"{path.name}.part"
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a local file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
 
 
-def _damaged(path: epath.Path, error: Exception) -> str:
+def _damaged(path: str, error: Exception) -> str:
     return f"workdir: {path} is damaged ({_reason(error)}); remove the file named to have that block computed again"
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    # tensorstore names files on the way to the cause, and appends "[name='value']" for programs
+    text = re.sub(r" \[\w+='.*", "", " ".join(str(error).split()))
+    return text if len(text) <= 300 else f"... {text[-300:]}"

@@ -33,4 +33,5 @@ def fit(folder, kind, num_draws):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # a killed process may leave half an entry to others
     fit(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,6 +1,9 @@
 """Nothing is lost: whatever interrupts a sweep, a second one ends with the same bits."""
 
 import resource
+import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -127,9 +130,51 @@ def test_another_layout_does_not_change_what_was_begun(draws, examples, break_of
 def test_a_chain_without_its_state_walks_there_again(draws, examples, break_off, tmp_path):
     straight = sweep_with(draws, examples, "host")
     break_off("host", 9)
+    assert (store(tmp_path).state(8) is not None) == isinstance(draws, ChainDraws)
     for path in tmp_path.glob("*.chains/*"):
         path.unlink()
     np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
+
+
+def test_what_is_half_kept_is_made_again(draws, examples, break_off, tmp_path):
+    if not isinstance(draws, ChainDraws):
+        pytest.skip("chains alone keep more than losses")
+    whole = store(tmp_path / "whole")
+    straight = sweep_with(draws, examples, "host", store=whole)
+    break_off("host", 13)
+    # written side by side, so either may have come first
+    for name in ("loss/c/2/0", "minibatch_loss/c/1"):
+        (tmp_path / TRACES / name).unlink()
+        assert len(store(tmp_path).whole()) == {"loss/c/2/0": 8, "minibatch_loss/c/1": 4}[name]
+    states = sorted(tmp_path.glob("*.chains/*"))
+    shutil.copy(states[0], states[0].with_name("host-0-draw-000004.npz"))
+    for damaged in (b"", states[0].read_bytes()[:300], b"x" * 300):
+        states[0].with_name("host-0-draw-000004.npz").write_bytes(damaged)
+        assert store(tmp_path).state(4) is None
+    np.testing.assert_array_equal(sweep_with(draws, examples, "host", store=store(tmp_path)), straight)
+    np.testing.assert_array_equal(open_traces(tmp_path).minibatch_loss, open_traces(tmp_path / "whole").minibatch_loss)
+
+
+def test_a_block_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
+    go_on, write = threading.Event(), TraceStore._write
+
+    def late(*args):
+        assert go_on.wait(60)
+        time.sleep(0.2)  # whoever does not wait comes too early
+        write(*args)
+
+    monkeypatch.setattr(TraceStore, "_write", late)
+    losses = np.arange(8 * 37, dtype=np.float32).reshape(8, 37)
+    begun = store(tmp_path)
+    begun.create(8, 4, "host")
+    begun.write(0, losses[:4], {}, None)
+    assert not (tmp_path / TRACES / "loss" / "c").exists()
+    go_on.set()
+    np.testing.assert_array_equal(store(tmp_path).whole(), losses[:4])
+    # a part of a block, which is kept when a sweep ends early, and the last block are there at once
+    for start, stop in ((4, 6), (6, 8)):
+        begun.write(start, losses[start:stop], {}, None)
+        np.testing.assert_array_equal(begun.whole(), losses[:stop])
 
 
 def test_readers_see_a_labelled_set_while_it_fills(draws, examples, break_off, tmp_path):
@@ -180,6 +225,8 @@ def test_a_full_disk_loses_no_whole_block(draws, examples, break_off, tmp_path):
     begun = store(tmp_path)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(ValueError, match=r"^workdir: cannot begin .*/new/.* \(.*File too large\)$"):
+            sweep_with(draws, examples, "host", store=store(tmp_path / "new"))
         with pytest.raises(ValueError, match=r"cannot write draws 8 to 11 to .* \(.*File too large.*; the 8 draws"):
             sweep_with(draws, examples, "host", store=begun)
     finally:
