@@ -36,9 +36,10 @@ flags.DEFINE_list("retained", ["0.15", "0.3", "0.5", "0.8", "0.95"], "Shares of 
 _SCORES: tuple[tuple[str, Traces], ...] = (
     ("class_correlation", "raw"),
     ("class_ccc", "raw"),
-    ("topk_ccc", "raw"),
+    ("topk_class_ccc", "raw"),
     ("class_ccc", "whitened"),
     ("topk_ccc", "whitened"),
+    ("topk_class_ccc", "whitened"),
 )
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from experiments.cases import Recipe
 from madjax import Detector, from_nnx, hosts
 from madjax.calibration import check_fpr
-from madjax.coupling import COUPLINGS
+from madjax.coupling import COUPLINGS, DEFAULT
 from madjax.data.images import FILES
 from madjax.interop.guard import printable
 from madjax.models import MODELS, build_model
@@ -113,7 +113,7 @@ def define_detection_flags() -> None:
     flags.DEFINE_bool("drift", False, "Chains: batch statistics move, as in the paper's code.")
     define_list(
         "coupling",
-        ["topk_ccc", "class_ccc", "class_correlation"],
+        [DEFAULT, "topk_ccc", "class_correlation"],
         list(COUPLINGS),
         "Couplings to report from one sweep; pictures and scores.csv show the first.",
     )

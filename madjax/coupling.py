@@ -9,7 +9,9 @@ one number. Moments are population moments over draws, computed in float64. What
 - `covariance`: the Bayesian influence of one example on the other, in nats².
 - `mean_*`: over all trusted. `class_*`: over the trusted examples of each predicted class, then the maximum over
   classes (the paper's CLC where the pair is a correlation); classes without a trusted example are skipped. `topk_*`:
-  over the `TOP_K` highest.
+  over the `TOP_K` highest. `topk_class_*`: the mean of `topk_*` and of `class_*` with `CLASS_PRIOR` further members in
+  every class that share nothing. The nearest know a mechanism inside a class; the mean of a large class is less noisy,
+  and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
 """
@@ -24,9 +26,11 @@ import numpy as np
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "topk"]
+Reduction = Literal["mean", "class", "topk", "topk_class"]
 
+DEFAULT = "topk_class_ccc"
 TOP_K = 10
+CLASS_PRIOR = 20
 # pair matrices are made for this many entries at a time
 _BLOCK_ENTRIES = 4_000_000
 
@@ -45,6 +49,7 @@ COUPLINGS = {
     "mean_ccc": Coupling("ccc", "mean"),
     "class_ccc": Coupling("ccc", "class"),
     "topk_ccc": Coupling("ccc", "topk"),
+    "topk_class_ccc": Coupling("ccc", "topk_class"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -63,29 +68,18 @@ def couplings(
 
     Args:
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
-      trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` alone.
+      trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` and `topk_class_*` alone.
     """
-    coupling = lookup(name)
     _check(trusted, test)
-    if coupling.reduction == "topk":
-        return _top_k(coupling.pair, trusted, test, leave_one_out=False)
-    members = _members(coupling, trusted.shape[1], trusted_classes)
-    return (_sums(coupling.pair, trusted, test, members) / members.sum(1, keepdims=True)).max(0)
+    return _reduce(lookup(name), trusted, test, trusted_classes, leave_one_out=False)
 
 
 def leave_one_out(name: str, trusted: LossMatrix, trusted_classes: np.ndarray | None = None) -> np.ndarray:
     """Float64 `[num_trusted]`: the coupling of every trusted example with the others."""
-    coupling = lookup(name)
     _check(trusted, trusted)
     if trusted.shape[1] < 2:
         raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
-    if coupling.reduction == "topk":
-        return _top_k(coupling.pair, trusted, trusted, leave_one_out=True)
-    members = _members(coupling, trusted.shape[1], trusted_classes)
-    sums = _sums(coupling.pair, trusted, trusted, members) - members * _self_pair(coupling.pair, trusted)
-    counts = members.sum(1, keepdims=True) - members
-    # the class of an example that was its only one has nothing left to explain it with
-    return np.divide(sums, counts, out=np.full(sums.shape, -np.inf), where=counts > 0).max(0)
+    return _reduce(lookup(name), trusted, trusted, trusted_classes, leave_one_out=True)
 
 
 def pairs(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> np.ndarray:
@@ -120,14 +114,40 @@ def _check(trusted: LossMatrix, test: LossMatrix) -> None:
         raise ValueError(f"trusted: wanted at least one draw and one example, got {trusted.shape}")
 
 
-def _members(coupling: Coupling, num_trusted: int, classes: np.ndarray | None) -> np.ndarray:
-    """Float64 `[num_groups, num_trusted]` of zeros and ones: the groups that are averaged."""
-    if coupling.reduction == "mean":
-        return np.ones((1, num_trusted))
+def _reduce(
+    coupling: Coupling, trusted: LossMatrix, test: LossMatrix, classes: np.ndarray | None, *, leave_one_out: bool
+) -> np.ndarray:
+    pair, reduction = coupling
+    if reduction == "mean":
+        return _group_means(pair, trusted, test, np.ones((1, trusted.shape[1])), leave_one_out=leave_one_out)
+    if reduction == "class":
+        return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
+    result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
+    if reduction == "topk" or classes is None:
+        return result
+    members = _members(trusted, classes)
+    return (result + _group_means(pair, trusted, test, members, CLASS_PRIOR, leave_one_out=leave_one_out)) / 2
+
+
+def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:
+    """Float64 `[num_classes, num_trusted]` of zeros and ones."""
+    num_trusted = trusted.shape[1]
     if classes is None or len(classes) != num_trusted:
         got = "None" if classes is None else f"{len(classes)}"
         raise ValueError(f"trusted_classes: wanted one class for each of {num_trusted} trusted examples, got {got}")
     return (np.unique(classes)[:, None] == np.asarray(classes)).astype(float)
+
+
+def _group_means(
+    pair: Pair, trusted: LossMatrix, test: LossMatrix, members: np.ndarray, prior: int = 0, *, leave_one_out: bool
+) -> np.ndarray:
+    """The highest of the groups' means; `prior` further members of each group share nothing with anyone."""
+    sums, counts = _sums(pair, trusted, test, members), members.sum(1, keepdims=True)
+    if leave_one_out:
+        sums, counts = sums - members * _self_pair(pair, trusted), counts - members
+    counts = np.broadcast_to(counts + prior, sums.shape)
+    # the group of an example that was its only one has nothing left to explain it with
+    return np.divide(sums, counts, out=np.full(sums.shape, -np.inf), where=counts > 0).max(0)
 
 
 class _Moments(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madjax import calibration, checkpoint, hosts
-from madjax.coupling import lookup
+from madjax.coupling import DEFAULT, lookup
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, RecordedDraws, StoredDraws
 from madjax.sampling.gaussian import GaussianDraws
@@ -77,7 +77,7 @@ class Detector:
         workdir: str | Path | None = None,
         perturbation: Perturbation = Gaussian(),  # noqa: B008 - frozen
         num_draws: int = 128,
-        coupling: str = "topk_ccc",
+        coupling: str = DEFAULT,
         traces: Traces = "whitened",
         fpr: float = 0.05,
         per_class: bool = False,

@@ -9,7 +9,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from madjax import calibration
-from madjax.coupling import couplings, leave_one_out, lookup, nearest
+from madjax.coupling import DEFAULT, couplings, leave_one_out, lookup, nearest
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.traces import TraceMap, TraceMapFit
 from madjax.types import LossMatrix
@@ -64,7 +64,7 @@ class Scorer:
         trusted: LossMatrix,
         trusted_classes: np.ndarray | None = None,
         *,
-        coupling: str = "topk_ccc",
+        coupling: str = DEFAULT,
         traces: Traces = "whitened",
     ) -> Scorer:
         """Calibrates on the trusted losses, leaving each example out of what it is held against.
@@ -81,17 +81,18 @@ class Scorer:
         ensure_finite(trusted, "trusted losses")
         if (trusted == trusted[:1]).all():
             raise ValueError("trusted: no draw changes any loss (all traces are constant); raise the scale")
-        by_class = _is_by_class(coupling)
-        if by_class and trusted_classes is not None and len(np.unique(trusted_classes)) < 2:
+        needs_classes = lookup(coupling).reduction == "class"
+        if needs_classes and trusted_classes is not None and len(np.unique(trusted_classes)) < 2:
             raise ValueError(
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
-                f"{coupling!r} needs two classes at least (topk_ccc and mean_ccc do not)"
+                f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
-        classes = trusted_classes if by_class else None
         if traces == "raw":
-            return cls(coupling, traces, trusted, trusted_classes, leave_one_out(coupling, trusted, classes), None)
+            return cls(
+                coupling, traces, trusted, trusted_classes, leave_one_out(coupling, trusted, trusted_classes), None
+            )
         fit = TraceMapFit(trusted)
-        left_out = _leave_out_with_map(coupling, trusted, classes, fit)
+        left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
         return cls(coupling, traces, trusted, trusted_classes, left_out, fit.without(np.zeros(0, int)))
 
     def map(self, losses: LossMatrix) -> np.ndarray:
@@ -114,8 +115,7 @@ class Scorer:
         if per_class and (classes is None or self.trusted_classes is None):
             raise ValueError("per_class: wanted predicted classes of the trusted and of the test examples, got none")
         trusted, test = self.map(self.trusted), self.map(losses)
-        by_class = self.trusted_classes if _is_by_class(self.coupling) else None
-        values = couplings(self.coupling, trusted, test, by_class)
+        values = couplings(self.coupling, trusted, test, self.trusted_classes)
         p_value = calibration.p_values(
             self.trusted_couplings,
             values,
@@ -124,10 +124,6 @@ class Scorer:
         )
         closest, _ = nearest(self.coupling, trusted, test)
         return Scores(-values, p_value, p_value <= fpr, classes, closest)
-
-
-def _is_by_class(name: str) -> bool:
-    return lookup(name).reduction == "class"
 
 
 def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | None, fit: TraceMapFit) -> np.ndarray:

@@ -31,6 +31,10 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None):
     values, groups = np.array(values), np.array(groups)
     if reduction == "mean":
         return values.mean()
+    top = np.sort(values)[-top_k:].mean()
     if reduction == "topk":
-        return np.sort(values)[-top_k:].mean()
+        return top
+    if reduction == "topk_class":
+        shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))
+        return (top + shrunk) / 2
     return max(values[groups == group].mean() for group in np.unique(groups))

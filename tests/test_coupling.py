@@ -86,6 +86,16 @@ def test_a_class_with_one_example_does_not_explain_itself(losses):
     np.testing.assert_allclose(values[5], expected, rtol=1e-5)
 
 
+def test_without_classes_the_nearest_alone_count(losses):
+    trusted, test, _ = losses
+    np.testing.assert_array_equal(
+        coupling.couplings("topk_class_ccc", trusted, test), coupling.couplings("topk_ccc", trusted, test)
+    )
+    np.testing.assert_array_equal(
+        coupling.leave_one_out("topk_class_ccc", trusted), coupling.leave_one_out("topk_ccc", trusted)
+    )
+
+
 def test_bad_input(losses):
     trusted, test, classes = losses
     with pytest.raises(ValueError, match=r"coupling: wanted one of mean_correlation, .* got 'cosine'"):
