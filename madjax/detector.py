@@ -122,7 +122,7 @@ class Detector:
         if test is not None:
             check_shapes(test, _example_shapes(trusted))
             test = explain(loss_fn, params, test, "examples")
-            examples = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), trusted, test)
+            examples = jax.tree.map(_Joined, trusted, test)
         if sampling is not None:
             check_examples(sampling, "sampling")
             if hasattr(loss_fn, "num_classes"):
@@ -289,6 +289,35 @@ class Detector:
         return cls(loss_fn, params, draws, scorer, *(settings[name] for name in names))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Joined:
+    """Two arrays end to end; of a slice, only what it needs is read."""
+
+    first: Any
+    second: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.first) + len(self.second), *self.first.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        split = len(self.first)
+        parts = (
+            self.first[min(start, split) : min(stop, split)],
+            self.second[max(start - split, 0) : max(stop - split, 0)],
+        )
+        return np.concatenate([np.asarray(part) for part in parts])
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        del copy
+        return np.asarray(self[:], dtype)
+
+
 def explain(loss_fn: LossFn, params: Params, examples: Batch, name: str) -> Batch:
     """The examples, checked, with the model's own output as their label where the loss can tell it."""
     check_examples(examples, name)
@@ -346,7 +375,7 @@ def fingerprint(tree: Any) -> str:
     for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
         leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -358,10 +387,21 @@ def _store(
     classes: np.ndarray | None,
 ) -> TraceStore:
     """Losses kept under all that they depend on; `given` are pytrees of arrays."""
-    settings = {name: None if tree is None else fingerprint(tree) for name, tree in given.items()} | settings
+    settings = {name: _fingerprint_of_all(tree) for name, tree in given.items()} | settings
     settings |= {"num_hosts": hosts.count(), "device": jax.devices()[0].device_kind}
     hosts.agree("workdir", settings)
     return TraceStore(workdir, settings, split, classes)
+
+
+def _fingerprint_of_all(tree: Any) -> str | None:
+    """Of parameters, a matrix or examples, of which no host looks at more than its share."""
+    if tree is None or hosts.count() == 1:
+        return None if tree is None else fingerprint(tree)
+
+    def share(leaf: Any) -> Any:
+        return leaf[hosts.host_range(np.shape(leaf)[0])] if np.ndim(leaf) else leaf
+
+    return " ".join(hosts.everywhere(fingerprint(jax.tree.map(share, tree))[:16]))
 
 
 def _classes(examples: Batch) -> np.ndarray | None:

@@ -89,22 +89,22 @@ def barrier(name: str) -> None:
 
 def first(text: str) -> str:
     """The text of host 0, on all."""
-    return _everywhere(text)[0]
+    return everywhere(text)[0]
 
 
 def agree(name: str, settings: dict[str, Any]) -> None:
     """Raises ValueError on every host unless all have the same settings, which must survive JSON; names the others."""
-    everywhere = [json.loads(text) for text in _everywhere(json.dumps(settings))]
+    all_settings = [json.loads(text) for text in everywhere(json.dumps(settings))]
     different = [
-        f"{key} is {', '.join(f'{one.get(key)} on host {host}' for host, one in enumerate(everywhere))}"
-        for key in sorted({key for one in everywhere for key in one})
-        if any(one.get(key) != everywhere[0].get(key) for one in everywhere)
+        f"{key} is {', '.join(f'{one.get(key)} on host {host}' for host, one in enumerate(all_settings))}"
+        for key in sorted({key for one in all_settings for key in one})
+        if any(one.get(key) != all_settings[0].get(key) for one in all_settings)
     ]
     if different:
         raise ValueError(f"{name}: hosts disagree: {'; '.join(different)}")
 
 
-def _everywhere(text: str) -> list[str]:
+def everywhere(text: str) -> list[str]:
     """Every host's text, on all."""
     if jax.process_count() == 1:
         return [text]

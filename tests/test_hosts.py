@@ -46,6 +46,9 @@ def test_four_hosts_get_the_matrix_of_one(tmp_path):
         with np.load(together / f"host-{host}.npz") as found:
             for name, matrix in expected.items():
                 np.testing.assert_allclose(found[name], matrix, rtol=2e-6, atol=2e-6)
+            # of 8 trusted and 40 test examples, 12 a host, and 10 for the fingerprint of the test examples
+            seen = set(range(max(0, 12 * host - 8), 12 * host + 4)) | set(range(10 * host, 10 * host + 10))
+            assert set(found["looked_at"]) == seen
     # each wrote its own columns
     assert len(list((together / "traces.zarr" / "loss" / "c" / "0").iterdir())) == 4
     np.testing.assert_allclose(open_traces(together).loss, expected["chains"], rtol=2e-6, atol=2e-6)
@@ -57,14 +60,13 @@ def score(own_model, workdir, num_hosts, more):
     return [start("-m", "experiments.score", *flags, f"--host={host}", *more(host)) for host in range(num_hosts)]
 
 
-def test_a_driver_on_two_hosts(own_model, tmp_path):
-    list(finish(score(own_model, tmp_path / "two", 2, lambda host: []), 0))
-    list(finish([start("-m", "experiments.score", *score_flags(own_model, tmp_path / "one"))], 0))
+def test_a_driver_on_two_hosts(own_model, scored, tmp_path):
+    list(finish(score(own_model, tmp_path, 2, lambda host: []), 0))
     scores = {}
-    for name in ("one", "two"):
-        with (tmp_path / name / "scores.csv").open() as file:
+    for name, workdir in (("one", scored[0]), ("two", tmp_path)):
+        with (workdir / "scores.csv").open() as file:
             scores[name] = list(csv.DictReader(file))
-        assert json.loads((tmp_path / name / "results.json").read_text())["rows"][0]["auroc"] is not None
+        assert json.loads((workdir / "results.json").read_text())["rows"][0]["auroc"] is not None
     for one, two in zip(scores["one"], scores["two"], strict=True):
         assert (one["id"], one["prediction"]) == (two["id"], two["prediction"])
         assert float(one["anomaly_score"]) == pytest.approx(float(two["anomaly_score"]), abs=1e-3)
