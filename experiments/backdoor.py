@@ -86,7 +86,9 @@ def _told() -> dict[str, Any]:
     if values.backdoorbench:
         if values.checkpoint:
             raise ValueError("checkpoint: wanted it or backdoorbench, got both")
-        return {"attack": [Path(values.backdoorbench).resolve().name]}
+        told = {"attack": [Path(values.backdoorbench).resolve().name]}
+        _check_told("backdoorbench", f"{values.backdoorbench} has", told)
+        return told
     if values.checkpoint is None:
         return {}
     path = Path(values.checkpoint)
@@ -100,10 +102,14 @@ def _told() -> dict[str, Any]:
     told = {"attack": [kept.name], "seed": [str(kept.seed)], "normalization": None, **kept.recipe._asdict()}
     # where the data lie, and how many are taken, may change after the training
     told = {name: value for name, value in told.items() if name not in ("data_dir", "num_pool")}
-    given = {name: values[name].value for name in told if values[name].present}
-    if different := changed({name: told[name] for name in given}, given):
-        raise ValueError(f"checkpoint: {path} was trained with other flags: {different}")
+    _check_told("checkpoint", f"{path} was trained with", told)
     return told
+
+
+def _check_told(flag: str, text: str, told: dict[str, Any]) -> None:
+    given = {name: flags.FLAGS[name].value for name in told if flags.FLAGS[name].present}
+    if different := changed({name: told[name] for name in given}, given):
+        raise ValueError(f"{flag}: {text} other flags: {different}")
 
 
 def _is_kept(path: Path) -> bool:

@@ -67,7 +67,7 @@ def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
     averages = report.average_rows([{key: value for key, value in row.items() if key in kept} for row in rows])
     averages = [{**row, "cell": dict.fromkeys(names, "all")} for row in averages]
     right = report.table([*rows, *averages]).splitlines()
-    names = [name for name in names if name not in _SHOWN]
+    names = [name for name in names if name not in (*_SHOWN, "preset")]
     if not names:
         return "\n".join(right)
     left = _align([names, *([row["cell"][name] for name in names] for row in [*rows, *averages])])
@@ -104,7 +104,7 @@ def _plot(path: Path, flag: str, values: list[str], rows: list[dict[str, Any]]) 
 
 
 def _kind(row: dict[str, Any]) -> str:
-    return " ".join(row[key] for key in ("sampler", "coupling") if key in row)
+    return " ".join(row[key] for key in ("preset", "sampler", "coupling") if row.get(key))
 
 
 def _is_nan(value: Any) -> bool:
