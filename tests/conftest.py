@@ -1,9 +1,21 @@
 """Four CPU devices, strict rank promotion, and small problems that many tests share."""
 
 import os
+import tempfile
 from pathlib import Path
 
-import jax
+# before jax is imported, and in the environment, for the drivers that tests start: programs are compiled in a third of
+# the time, since what LLVM makes of them is not what is tested, and once, though many processes ask for the same ones
+PROGRAMS = tempfile.TemporaryDirectory(prefix="madjax-programs-")
+for name, value in {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,7 +30,8 @@ from flax import nnx  # noqa: E402
 
 from madjax import from_nnx  # noqa: E402
 from madjax.models import DigitsCNN  # noqa: E402
-from tests.own_model import make_files  # noqa: E402
+from tests.drivers import run  # noqa: E402
+from tests.own_model import make_files, score_flags  # noqa: E402
 
 # drivers define flags when they are imported, which the search for doctests would do
 collect_ignore = ["tiny_driver.py"]
@@ -57,3 +70,10 @@ def shared_data():
 def own_model(tmp_path_factory):
     """A folder with weights, trusted and test examples, as a user would bring them."""
     return make_files(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="session")
+def scored(own_model, tmp_path_factory):
+    """What `experiments.score` made of `own_model`: its folder, not to be written to, and what it printed."""
+    workdir = tmp_path_factory.mktemp("scored")
+    return workdir, run("score", *score_flags(own_model, workdir))

@@ -11,14 +11,11 @@ from absl import flags
 ROOT = Path(__file__).parents[1]
 
 
-def run(module, *flags, expect=0, paper=None):
-    """Runs a driver; `paper` shortens the paper's preset, which would take an hour."""
+def run(module, *flags, expect=0):
+    """Runs a driver in a process of its own."""
     command = [sys.executable, "-m", f"experiments.{module}", *flags]
-    if paper is not None:
-        code = f"import runpy; from experiments import common; common.PAPER.update({paper}); "
-        code += f"runpy.run_module('experiments.{module}', run_name='__main__')"
-        command = [sys.executable, "-c", code, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"})
+    variables = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == expect, done.stderr[-3000:]
     return done
 

@@ -9,19 +9,19 @@ from madjax.models import from_torch
 
 
 def load(checkpoint):
-    model = from_torch("badnets_cnn", load_weights(checkpoint), (28, 28, 1))
+    model = from_torch("badnets_cnn", load_weights(checkpoint), (16, 16, 1))
     return from_nnx(model, preprocess=lambda image: image.astype("float32") / 255)
 
 
 def make_files(folder):
-    """Weights of a BadNets CNN for 28×28 images, trusted and test examples."""
+    """Weights of a BadNets CNN for 16×16 images, trusted and test examples."""
     rng = np.random.default_rng(0)
-    shapes = {"conv1": (16, 1, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 512), "fc2": (10, 512)}
+    shapes = {"conv1": (16, 1, 5, 5), "conv2": (32, 16, 5, 5), "fc1": (512, 32), "fc2": (10, 512)}
     weights = {f"{name}.weight": rng.normal(size=shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}
     weights |= {f"{name}.bias": np.zeros(shape[0]) for name, shape in shapes.items()}
     weights["fc2.weight"] *= 300  # sure of its outputs
     save_file({name: value.astype(np.float32) for name, value in weights.items()}, folder / "model.safetensors")
-    image = rng.integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
+    image = rng.integers(0, 256, (90, 16, 16, 1)).astype(np.uint8)
     np.savez(folder / "trusted.npz", image=image[:50], id=[f"good{i}" for i in range(50)])
     np.savez(folder / "sampling.npz", image=image[:50], label=np.arange(50) % 10)
     np.savez(folder / "test.npz", image=image[50:], is_anomalous=np.arange(40) >= 30)

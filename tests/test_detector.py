@@ -130,7 +130,7 @@ def test_a_loss_function_without_flax():
     examples = {"x": x, "y": x @ w}
     detector = Detector.fit(
         jax.random.key(0), loss_fn, {"w": jnp.asarray(w)}, jax.tree.map(lambda a: a[:60], examples), num_draws=8,
-        perturbation=Gaussian(scale=0.1),
+        perturbation=Gaussian(scale=0.1), layout="host",
     )  # fmt: skip
     scores = detector.score(jax.tree.map(lambda a: a[60:], examples))
     assert scores.prediction is None
