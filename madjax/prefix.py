@@ -160,7 +160,10 @@ def _plan(frozen: FrozenLoss, count: int) -> _Plan:
 
     def function(arguments: list[Any], numbers: set[int], results: list[Any]) -> Callable[..., list[jax.Array]]:
         chosen = [equations[number] for number in sorted(numbers)]
-        jaxpr = core.Jaxpr(list(constants), arguments, results, chosen)
+        told = closed.jaxpr.debug_info._replace(
+            arg_names=("",) * (len(constants) + len(arguments)), result_paths=("",) * len(results)
+        )
+        jaxpr = core.Jaxpr(list(constants), arguments, results, chosen, debug_info=told)
         return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, list(constants.values())))
 
     return _Plan(

@@ -1,7 +1,9 @@
 """Four CPU devices, strict rank promotion, and small problems that many tests share."""
 
+import importlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 # before jax is imported, and in the environment, for the drivers that tests start: programs are compiled in a third of
@@ -26,11 +28,12 @@ mpl.use("Agg")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from madjax import from_nnx  # noqa: E402
 from madjax.models import DigitsCNN  # noqa: E402
-from tests.drivers import run  # noqa: E402
+from tests.drivers import own_flags, run  # noqa: E402
 from tests.own_model import make_files, score_flags  # noqa: E402
 
 # drivers define flags when they are imported, which the search for doctests would do
@@ -77,3 +80,31 @@ def scored(own_model, tmp_path_factory):
     """What `experiments.score` made of `own_model`: its folder, not to be written to, and what it printed."""
     workdir = tmp_path_factory.mktemp("scored")
     return workdir, run("score", *score_flags(own_model, workdir))
+
+
+@pytest.fixture
+def driver():
+    """Imports a driver into this process and gives it flags."""
+
+    def load_driver(name, *arguments):
+        module = importlib.import_module(f"experiments.{name}")
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS([name, *arguments])
+        return module
+
+    with own_flags():
+        yield load_driver
+
+
+@pytest.fixture
+def here(driver, capsys):
+    """Runs a driver in this process, and returns what it printed."""
+
+    def run_here(name, *arguments):
+        module = driver(name, *arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as outside of pytest: so few draws and examples give reason to warn
+            module.main()
+        return capsys.readouterr().out
+
+    return run_here

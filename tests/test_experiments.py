@@ -1,12 +1,10 @@
 """Every driver once, at small size, as a user runs it."""
 
 import csv
-import importlib
 import json
 import shutil
 import signal
 import sys
-import warnings
 
 import jax
 import numpy as np
@@ -19,39 +17,11 @@ from madjax import Detector, Langevin, checkpoint, from_nnx, report
 from madjax.data import Normalize, parse_normalization
 from madjax.interop.weights import load_weights
 from madjax.models import from_torch
-from tests.drivers import own_flags, run
+from tests.drivers import run
 from tests.own_model import score_flags
 from tests.test_cases import make_download, random_cnn
 
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
-
-
-@pytest.fixture
-def driver():
-    """Imports a driver into this process and gives it flags."""
-
-    def load_driver(name, *arguments):
-        module = importlib.import_module(f"experiments.{name}")
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS([name, *arguments])
-        return module
-
-    with own_flags():
-        yield load_driver
-
-
-@pytest.fixture
-def here(driver, capsys):
-    """Runs a driver in this process, and returns what it printed."""
-
-    def run_here(name, *arguments):
-        module = driver(name, *arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")  # as outside of pytest: so few draws and examples give reason to warn
-            module.main()
-        return capsys.readouterr().out
-
-    return run_here
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from tests.drivers import ROOT
 from tests.own_model import score_flags
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_kills", "num_draws"),
-    [
-        ("chains", 2, 24),
-        pytest.param("chains", 25, 160, marks=pytest.mark.slow),
-        pytest.param("gaussian", 25, 160, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_at_random_moments(kind, num_kills, num_draws, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chains", "gaussian"])
+def test_killed_at_random_moments(kind, tmp_path):
+    num_kills, num_draws = 25, 160
     rng = np.random.default_rng(num_kills)
     folder, whole = tmp_path / "killed", []
     for kill in range(num_kills):
