@@ -312,22 +312,22 @@ def backdoorbench_case(folder: Path, data_dir: str | None, target: int, num_pool
         return result.images[[rows[int(index)] for index in kept]], kept
 
     case = _case(model, _normalization(dataset), pool, None, target)._replace(triggered=triggered)
-    return case if num_pool is None else _subset(case, num_pool)
+    return case if num_pool is None else subset(case, num_pool)
 
 
-def _subset(case: Case, count: int) -> Case:
-    """The case with a class-balanced part of its pool."""
+def subset(case: Case, count: int) -> Case:
+    """The case with a class-balanced part of its pool, of about `count` images."""
     share = min(1.0, count / len(case.pool.labels))
     (kept,) = split_by_class(np.random.default_rng(0), case.pool.labels, (share,))
-    whole = case.triggered
-    assert whole is not None
+    pool, whole = ImageSet(case.pool.images[kept], case.pool.labels[kept], case.pool.class_names, None), case.triggered
+    if whole is None:
+        return case._replace(pool=pool)
 
     def triggered(sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, found = whole(kept[sources])
         place = {int(index): i for i, index in enumerate(kept)}
         return images, np.array([place[int(index)] for index in found], int)
 
-    pool = ImageSet(case.pool.images[kept], case.pool.labels[kept], case.pool.class_names, None)
     return case._replace(pool=pool, triggered=triggered)
 
 

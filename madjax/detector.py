@@ -236,7 +236,7 @@ class Detector:
         if scorer.trace_map is not None:
             arrays["trace_map"] = dict(scorer.trace_map._asdict())
         if isinstance(self.draws, GaussianDraws):
-            settings["drawn"] = list(self.draws.drawn)
+            settings |= {"drawn": list(self.draws.drawn), "antithetic": self.draws.antithetic}
             arrays["gaussian"] = {
                 "rng_key": jax.random.key_data(self.draws.rng_key),
                 "scales": self.draws.scales,
@@ -264,6 +264,7 @@ class Detector:
                 _in_order(saved["unit"]),
                 jnp.asarray(saved["scales"]),
                 tuple(settings["drawn"]),
+                settings.get("antithetic", False),  # detectors of the first version lack it
             )
         else:
             draws = StoredDraws(jax.tree.unflatten(jax.tree.structure(params), _in_order(arrays["stored"])))
@@ -276,17 +277,7 @@ class Detector:
             arrays["trusted_couplings"],
             None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"]),
         )
-        names = (
-            "fpr",
-            "per_class",
-            "scale",
-            "sample_forwards",
-            "layout",
-            "batch_size",
-            "model_shards",
-            "example_shapes",
-        )
-        return cls(loss_fn, params, draws, scorer, *(settings[name] for name in names))
+        return cls(loss_fn, params, draws, scorer, *(settings[name] for name in _SAVED))
 
 
 @dataclasses.dataclass(frozen=True)

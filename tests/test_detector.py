@@ -39,7 +39,7 @@ def _chain():
     return Langevin(num_burnin_steps=3, num_chains=2, step_size=1e-4, localization=100.0, batch_size=16)
 
 
-@pytest.mark.parametrize("perturbation", [Gaussian(), Gaussian("relative"), Gaussian("curvature"), _chain()])
+@pytest.mark.parametrize("perturbation", [Gaussian("relative", antithetic=True), Gaussian("curvature"), _chain()])
 @pytest.mark.filterwarnings("ignore:trusted. no example is predicted")
 def test_save_load_score(model, images, perturbation, tmp_path):
     sampling = {"image": images[:20], "label": np.arange(20, dtype=np.int32) % 10}

@@ -16,66 +16,9 @@ if importlib.util.find_spec("torch") is not None:
     import torch
     from torch import nn
 
+    from experiments import torch_networks
+
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-
-
-def torch_block(c_in, c_out, stride, kind):
-    pre = kind != "resnet"
-    block = nn.Module()
-    block.bn1 = nn.BatchNorm2d(c_in if pre else c_out)
-    block.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-    block.bn2 = nn.BatchNorm2d(c_out)
-    block.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-    shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if pre and c_in != c_out else None
-    if kind == "wrn" and shortcut:
-        block.convShortcut = shortcut
-    elif shortcut:
-        block.shortcut = nn.Sequential(shortcut)
-
-    def forward(x):
-        if pre:
-            y = block.bn1(x).relu()
-            z = block.conv2(block.bn2(block.conv1(y)).relu())
-            return z + (shortcut(y) if shortcut else x)
-        z = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
-        if c_in != c_out:
-            x = torch.zeros_like(z).index_copy(1, torch.arange(c_in) + (c_out - c_in) // 2, x[:, :, ::2, ::2])
-        return (z + x).relu()
-
-    block.forward = forward
-    return block
-
-
-def torch_residual(kind, features, num_blocks, channels):
-    """All three kinds, by the names of akamaster (resnet), BackdoorBench (preact) and ABL (wrn)."""
-    net, stem = nn.Module(), 64 if kind == "preact" else 16
-    net.conv1 = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
-    stages, c_in = [], stem
-    for index, c_out in enumerate(features, 1):
-        blocks = []
-        for b in range(num_blocks):
-            blocks.append(torch_block(c_in, c_out, 2 if index > 1 and b == 0 else 1, kind))
-            c_in = c_out
-        stages.append(nn.Sequential(*blocks))
-        holder = stages[-1]
-        if kind == "wrn":
-            holder = nn.Module()
-            holder.layer = stages[-1]
-        net.add_module(f"{'block' if kind == 'wrn' else 'layer'}{index}", holder)
-    if kind != "preact":
-        net.bn1 = nn.BatchNorm2d(stem if kind == "resnet" else c_in)
-    net.add_module("fc" if kind == "wrn" else "linear", nn.Linear(c_in, 10))
-
-    def forward(x):
-        x = net.conv1(x)
-        x = net.bn1(x).relu() if kind == "resnet" else x
-        for stage in stages:
-            x = stage(x)
-        x = net.bn1(x).relu() if kind == "wrn" else x
-        return (net.fc if kind == "wrn" else net.linear)(x.mean((2, 3)))
-
-    net.forward = forward
-    return net
 
 
 def torch_vgg(channels, hidden):
@@ -97,40 +40,17 @@ def torch_vgg(channels, hidden):
     return net
 
 
-def torch_badnets(channels, size):
-    side = ((size - 4) // 2 - 4) // 2
-    net = nn.Sequential()
-    net.conv1 = nn.Sequential(nn.Conv2d(channels, 16, 5), nn.ReLU(), nn.AvgPool2d(2))
-    net.conv2 = nn.Sequential(nn.Conv2d(16, 32, 5), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
-    net.fc1 = nn.Sequential(nn.Linear(32 * side**2, 512), nn.ReLU())
-    net.fc2 = nn.Sequential(nn.Linear(512, 10))
-    return net
-
-
-def torch_digits(channels, size):
-    class ChannelsLast(nn.Module):
-        def forward(self, x):
-            return x.permute(0, 2, 3, 1).flatten(1)
-
-    net = nn.Sequential()
-    net.conv1, net.norm1, net.relu1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    net.conv2, net.norm2, net.relu2 = nn.Conv2d(16, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
-    net.pool, net.flat = nn.MaxPool2d(2), ChannelsLast()
-    net.hidden, net.relu3, net.output = nn.Linear(32 * (size // 2) ** 2, 96), nn.ReLU(), nn.Linear(96, 10)
-    return net
-
-
 # name, torch's module, (size, channels)
 PARITY = {
-    "digits_cnn": (lambda: torch_digits(1, 8), (8, 1)),
-    "digits_cnn/odd": (lambda: torch_digits(3, 29), (29, 3)),
-    "badnets_cnn": (lambda: torch_badnets(1, 28), (28, 1)),
-    "badnets_cnn/64": (lambda: torch_badnets(3, 64), (64, 3)),
-    "resnet20": (lambda: torch_residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
-    "resnet56": (lambda: torch_residual("resnet", (16, 32, 64), 9, 1), (8, 1)),
-    "wrn16_1": (lambda: torch_residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
-    "wrn10_4": (lambda: torch_residual("wrn", (64, 128, 256), 1, 1), (28, 1)),
-    "preact_resnet18": (lambda: torch_residual("preact", (64, 128, 256, 512), 2, 3), (32, 3)),
+    "digits_cnn": (lambda: torch_networks.digits(1, 8), (8, 1)),
+    "digits_cnn/odd": (lambda: torch_networks.digits(3, 29), (29, 3)),
+    "badnets_cnn": (lambda: torch_networks.badnets(1, 28), (28, 1)),
+    "badnets_cnn/64": (lambda: torch_networks.badnets(3, 64), (64, 3)),
+    "resnet20": (lambda: torch_networks.residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
+    "resnet56": (lambda: torch_networks.residual("resnet", (16, 32, 64), 9, 1), (8, 1)),
+    "wrn16_1": (lambda: torch_networks.residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
+    "wrn10_4": (lambda: torch_networks.residual("wrn", (64, 128, 256), 1, 1), (28, 1)),
+    "preact_resnet18": (lambda: torch_networks.residual("preact", (64, 128, 256, 512), 2, 3), (32, 3)),
     "vgg19_bn_linear": (lambda: torch_vgg(3, None), (32, 3)),
 }
 
@@ -374,11 +294,11 @@ def test_published_checkpoints_classify(shared_data, cifar10, file, name, normal
 
 # torch's module, (size, channels)
 PUBLISHED = {
-    "clean_resnet20_cifar10.th": ("resnet20", lambda: torch_residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
-    "clean_resnet56_cifar10.th": ("resnet56", lambda: torch_residual("resnet", (16, 32, 64), 9, 3), (32, 3)),
-    "abl_wrn16_1_grid_target0.tar": ("wrn16_1", lambda: torch_residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
-    "badnets_cnn_cifar10_white5_target1.pth": ("badnets_cnn", lambda: torch_badnets(3, 32), (32, 3)),
-    "badnets_cnn_mnist_white5_target1.pth": ("badnets_cnn", lambda: torch_badnets(1, 28), (28, 1)),
+    "clean_resnet20_cifar10.th": ("resnet20", lambda: torch_networks.residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
+    "clean_resnet56_cifar10.th": ("resnet56", lambda: torch_networks.residual("resnet", (16, 32, 64), 9, 3), (32, 3)),
+    "abl_wrn16_1_grid_target0.tar": ("wrn16_1", lambda: torch_networks.residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
+    "badnets_cnn_cifar10_white5_target1.pth": ("badnets_cnn", lambda: torch_networks.badnets(3, 32), (32, 3)),
+    "badnets_cnn_mnist_white5_target1.pth": ("badnets_cnn", lambda: torch_networks.badnets(1, 28), (28, 1)),
 }
 
 

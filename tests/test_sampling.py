@@ -51,6 +51,17 @@ def test_draws_depend_on_key_and_number_alone():
     assert not np.array_equal(many.params(2)["a"], many.params(3)["a"])
 
 
+def test_antithetic_draws_mirror_each_other():
+    params = {"a": jnp.full((5,), 2.0), "b": jnp.zeros((2, 2))}
+    draws = gaussian(jax.random.key(3), params, 0.1, num_draws=5, mask=_mask(params), antithetic=True)
+    offsets = [jax.tree.map(jnp.subtract, draws.params(i), params) for i in range(5)]
+    for first, second in ((0, 1), (2, 3)):
+        for name in params:
+            np.testing.assert_allclose(offsets[second][name], -offsets[first][name], atol=1e-6)
+    assert not np.allclose(offsets[2]["a"], offsets[0]["a"])
+    assert not np.allclose(offsets[4]["a"], offsets[2]["a"])
+
+
 def test_restriction_by_path(digits_model):
     _, params = digits_model
     names = path_names(params)

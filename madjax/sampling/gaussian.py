@@ -26,7 +26,7 @@ Noise = Literal["absolute", "relative", "curvature"]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rng_key", "center", "unit", "scales"],
-    meta_fields=["drawn"],
+    meta_fields=["drawn", "antithetic"],
 )
 @dataclasses.dataclass(frozen=True)
 class GaussianDraws:
@@ -37,6 +37,7 @@ class GaussianDraws:
       unit: one array for each drawn leaf, broadcastable to it.
       scales: float32 `[num_draws]`: one multiple of `unit` a draw.
       drawn: which leaves of `center` are drawn, in flattening order.
+      antithetic: whether draw 2i + 1 is draw 2i mirrored at the center.
     """
 
     rng_key: jax.Array
@@ -44,6 +45,7 @@ class GaussianDraws:
     unit: tuple[jax.Array, ...]
     scales: jax.Array
     drawn: tuple[bool, ...]
+    antithetic: bool = False
 
     @property
     def num_draws(self) -> int:
@@ -62,7 +64,10 @@ class GaussianDraws:
         return np.int32(0)
 
     def params(self, item: jax.Array) -> Params:
-        key, scale = jax.random.fold_in(self.rng_key, item), self.scales[item]
+        scale = self.scales[item]
+        if self.antithetic:
+            item, scale = item // 2, jnp.where(item % 2, -scale, scale)
+        key = jax.random.fold_in(self.rng_key, item)
         leaves, treedef = jax.tree.flatten(self.center)
         units = iter(self.unit)
         for index, (leaf, is_drawn) in enumerate(zip(leaves, self.drawn, strict=True)):
@@ -81,6 +86,7 @@ def gaussian(
     mask: Any,
     noise: Noise = "absolute",
     curvature: Params | None = None,
+    antithetic: bool = False,
 ) -> GaussianDraws:
     """`num_draws` independent draws around `center`.
 
@@ -91,6 +97,7 @@ def gaussian(
         square. "curvature": (h / mean(h) + 1)^-1/2 of each parameter, h from `diagonal_curvature`, times its tensor's
         root mean square: flat directions move as in "relative", steep ones less.
       curvature: the diagonal curvature, for noise="curvature".
+      antithetic: see `GaussianDraws`.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws: wanted at least 1, got {num_draws}")
@@ -102,7 +109,7 @@ def gaussian(
         _unit(leaf, steep, noise) for leaf, steep, is_drawn in zip(leaves, steepness, drawn, strict=True) if is_drawn
     )
     scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (num_draws,))
-    return GaussianDraws(rng_key, center, unit, scales, drawn)
+    return GaussianDraws(rng_key, center, unit, scales, drawn, antithetic)
 
 
 def _unit(leaf: jax.Array, steepness: jax.Array, noise: Noise) -> jax.Array:

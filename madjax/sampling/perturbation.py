@@ -40,12 +40,14 @@ class Gaussian:
       noise: "absolute", "relative" or "curvature".
       scale: None chooses it on the trusted examples, so that a share `retained` of their outputs survives.
       parameters: regular expression of the paths to draw; None for all trainable ones.
+      antithetic: draws come in pairs that mirror each other at the trained parameters.
     """
 
     noise: Noise = "absolute"
     scale: float | None = None
     retained: float = RETAINED
     parameters: str | None = None
+    antithetic: bool = False
 
     def perturb(
         self,
@@ -64,7 +66,10 @@ class Gaussian:
             count = num_examples(trusted, "trusted")
             curvature = diagonal_curvature(loss_fn, params, trusted, batch_size=min(8, count))
             forwards = 3 * count  # a gradient counts as three
-        draws = gaussian(rng_key, params, 1.0, num_draws=num_draws, mask=mask, noise=self.noise, curvature=curvature)
+        draws = gaussian(
+            rng_key, params, 1.0, num_draws=num_draws, mask=mask, noise=self.noise, curvature=curvature,
+            antithetic=self.antithetic,
+        )  # fmt: skip
         scale = self.scale
         if scale is None:
             scale = choose_scale(loss_fn, draws, trusted, self.retained)
