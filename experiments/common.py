@@ -356,14 +356,24 @@ def recipe_from_flags() -> Recipe:
     return Recipe(**(defaults | given))
 
 
+def local_folder(path: str) -> Path:
+    """The folder; raises ValueError for one in a bucket, where drivers cannot write."""
+    if "://" in path:
+        raise ValueError(
+            f"workdir: wanted a folder of this machine or a shared file system, got {path}; losses alone may lie in a "
+            "bucket, by Detector.fit(workdir=...)"
+        )
+    return Path(path)
+
+
 def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = None) -> tuple[Path, dict[str, Any]]:
     """Creates or reopens a work directory and returns it with the configuration: the flags `names`, and `more`.
 
     Raises:
-      ValueError: where it cannot be written, or holds a run with other flags, or hosts were given different ones; the
-        message shows the difference.
+      ValueError: where it is no local folder, cannot be written, or holds a run with other flags, or hosts were given
+        different ones; the message shows the difference.
     """
-    workdir = Path(path)
+    workdir = local_folder(path)
     config = {name: flags.FLAGS[name].value for name in names} | (more or {})
     try:
         hosts.agree("flags", config)

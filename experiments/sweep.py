@@ -165,7 +165,7 @@ def main() -> None:
     """Runs cells, or says what there is."""
     values = flags.FLAGS
     given = read_grid(values.driver, values.grid, values.flag, values.grid_file)
-    workdir = Path(values.workdir)
+    workdir = common.local_folder(values.workdir)
     runs_nothing = values.dry_run or values.list or values.collect
     grid = open_grid(given, workdir, keep=not runs_nothing)
     names = list(grid.cells)

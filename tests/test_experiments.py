@@ -115,6 +115,7 @@ def test_bad_flags_get_one_line(flag, message, tmp_path):
         (["--checkpoint=x.pth"], "attack: wanted the one that --checkpoint was trained with"),
         (["--backdoorbench=/nowhere"], "path: "),
         (["--workdir=/proc/nowhere"], "workdir: cannot write to /proc/nowhere"),
+        (["--workdir=gs://bucket/run"], "workdir: wanted a folder of this machine or a shared file system, got gs://"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, arguments, message, tmp_path):
