@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 _AXES = ("examples", "draws", "model")
@@ -80,7 +81,14 @@ def place_chains(num_chains: int, params: Any) -> Placement:
 
 def put_chains(trees: Sequence[Any], placement: Placement) -> Any:
     """One pytree a device, stacked; a leading axis of one on one device."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
+
+    def stack(*leaves: Any) -> Any:
+        # what lies on the host is stacked there: an operation a leaf on the device costs every step of a chain
+        if all(isinstance(leaf, np.ndarray) for leaf in leaves):
+            return np.stack(leaves)
+        return jnp.stack([jnp.asarray(leaf) for leaf in leaves])
+
+    stacked = jax.tree.map(stack, *trees)
     if placement.num_devices == 1:
         return stacked
     return jax.device_put(stacked, NamedSharding(placement.mesh, PartitionSpec("draws")))

@@ -116,9 +116,10 @@ class _Group:
 
     def __init__(self, settings: ChainDraws, numbers: range, placement: Placement, state: WalkState | None):
         self.settings, self.numbers, self.placement = settings, numbers, placement
-        self._keys = [jax.random.fold_in(settings.rng_key, number) for number in numbers]
+        keys = [jax.random.fold_in(settings.rng_key, number) for number in numbers]
+        self._keys = put_chains(keys, placement)
         # a stream of its own, so that no shuffle shares a key with a step's noise
-        self._shuffle_keys = [jax.random.fold_in(key, 2**31 - 1) for key in self._keys]
+        self._shuffle_keys = [jax.random.fold_in(key, 2**31 - 1) for key in keys]
         self._target = settings.target._replace(center=put_model(settings.target.center, placement))
         first = settings.sampler.init(settings.target.center)
         self.num_steps, self.losses = 0, np.zeros(len(numbers), np.float32)
@@ -147,10 +148,10 @@ class _Group:
         settings = self.settings
         info = StepInfo(jnp.asarray(self.losses))
         for _ in range(steps):
-            keys = [jax.random.fold_in(key, self.num_steps) for key in self._keys]
+            minibatches = put_chains(self._minibatches(), self.placement)
             self.states, info = _step(
-                settings.sampler.step, self.placement, put_chains(keys, self.placement), self.states, self._target,
-                put_chains(self._minibatches(), self.placement), settings.step_size,
+                settings.sampler.step, self.placement, self._keys, self.num_steps, self.states, self._target,
+                minibatches, settings.step_size,
             )  # fmt: skip
             self.num_steps += 1
         self.losses = np.asarray(info.loss)
@@ -170,16 +171,17 @@ def _step(
     step: Any,
     placement: Placement,
     rng_keys: jax.Array,
+    num_steps: int,
     states: ChainState,
     target: Target,
     minibatches: Batch,
     step_size: float,
 ) -> tuple[ChainState, StepInfo]:
-    def one(target: Target, step_size: float, own: Any) -> Any:
+    def one(target: Target, step_size: float, num_steps: jax.Array, own: Any) -> Any:
         rng_key, state, minibatch = own
-        return step(rng_key, state, target, minibatch, step_size)
+        return step(jax.random.fold_in(rng_key, num_steps), state, target, minibatch, step_size)
 
-    return side_by_side(one, placement)(target, step_size, (rng_keys, states, minibatches))
+    return side_by_side(one, placement)(target, step_size, num_steps, (rng_keys, states, minibatches))
 
 
 def split_chains(matrix: np.ndarray, num_chains: int) -> np.ndarray:
