@@ -13,20 +13,17 @@ from which on their AUROC is nowhere more than --tolerance below the reference's
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.coupling import DEFAULT
-from madjax.data import split_by_class
 from madjax.sampling.perturbation import Perturbation
 from madjax.scorer import Scorer, Traces
 
@@ -72,11 +69,7 @@ def main() -> None:
     names = ["data", "num_draws", "num_reference_draws", "num_examples", "tolerance", "seed", "attack", "sampler"]
     names += ["published"]
     workdir, config = common.open_workdir(values.workdir, names)
-    models: dict[str, Callable[[], cases.Case]] = {
-        f"digits {name}": lambda name=name: cases.train_case(name, values.seed) for name in values.attack
-    }
-    if values.data:
-        models |= {name: lambda name=name: cases.PUBLISHED[name](Path(values.data)) for name in values.published}
+    models = cases.benchmark_models(values.attack, values.seed, values.data, values.published)
     rows = [row for name, make in tqdm(models.items(), unit="model") for row in _rows(name, make(), workdir)]
     result = {"device": common.device(), **_ratio(rows, values.tolerance)}
     report.write_json(workdir / "results.json", {"config": config, "result": result, "rows": rows})
@@ -86,12 +79,8 @@ def main() -> None:
 
 def _rows(model: str, case: cases.Case, workdir: Path) -> list[dict[str, Any]]:
     values, rows = flags.FLAGS, []
-    trusted, sampling, test = split_by_class(np.random.default_rng(values.seed), case.pool.labels, (0.3, 0.2, 0.5))
-    size = values.num_examples
-    # a few more than wanted, since some are not counted
-    counted = cases.count_examples(case, trusted[: 4 * size], test[: 4 * size])
-    images = np.concatenate([case.pool.images[counted.benign[:size]], counted.triggered[:size]])
-    is_anomalous = np.arange(len(images)) >= len(counted.benign[:size])
+    test_set = cases.make_small_test_set(case, values.seed, (0.3, 0.2, 0.5), values.num_examples)
+    counted, images, is_anomalous = test_set.counted, test_set.images, test_set.is_anomalous
     most = int(values.num_draws[-1])
     for name in values.sampler:
         sampler = SAMPLERS[name]
@@ -101,9 +90,9 @@ def _rows(model: str, case: cases.Case, workdir: Path) -> list[dict[str, Any]]:
             jax.random.key(values.seed),
             case.loss_fn,
             case.params,
-            {"image": case.pool.images[counted.trusted[:size]]},
+            test_set.trusted,
             test={"image": images},
-            sampling={"image": case.pool.images[sampling], "label": case.pool.labels[sampling]} if is_chain else None,
+            sampling=test_set.sampling if is_chain else None,
             workdir=workdir / "traces" / f"{model}-{name}".replace(" ", "_"),
             perturbation=sampler.perturbation,
             num_draws=num_draws,
@@ -186,12 +175,7 @@ def _plot(path: Path, rows: list[dict[str, Any]], models: list[str]) -> None:
             axes.grid(alpha=0.3)
             axes.set_title(model if figure_name == "auroc" else "", fontsize=9)
         axes_of_figure[0].set_ylabel({"auroc": "AUROC"}.get(figure_name, "recall at 1 % false positives"))
-    for axes in grid[-1]:
-        axes.set_xlabel("forward passes an example")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    report.save_grid(path, figure, grid, "forward passes an example")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ from absl import flags
 
 from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin
-from madjax.coupling import couplings
+from madjax.coupling import DEFAULT, couplings
 from madjax.metrics import auroc, recall_at_fpr
 from madjax.models import to_arrays
+from madjax.models.convert import TORCH_LEAVES
 from madjax.sampling.perturbation import Perturbation
 from madjax.scorer import Traces
 
@@ -99,7 +100,7 @@ def _compare(name: str) -> dict[str, dict[str, Any]]:
         return ours(langevin, num_draws, "class_correlation", "raw")
 
     def defaults() -> tuple[np.ndarray, int]:
-        return ours(Gaussian(), values.num_default_draws, common.DEFAULT, "whitened")
+        return ours(Gaussian(), values.num_default_draws, DEFAULT, "whitened")
 
     chain(4, 0)  # compiles
     defaults()
@@ -173,16 +174,15 @@ def _torch_weights(case: cases.Case, net: Any) -> dict[str, Any]:
     """Our parameters by torch's names and in torch's order of axes."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    kinds = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     result = {}
     for path, array in to_arrays(case.params).items():
         module, kind = path.rsplit(".", 1)
         array = np.asarray(array)
         if kind == "kernel":
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        kind = kinds.get(kind, kind)
+        leaf = TORCH_LEAVES[kind]
         # the published CNN has every layer as the first of a few
-        name = next(one for one in (f"{module}.{kind}", f"{module}.0.{kind}") if one in net.state_dict())
+        name = next(one for one in (f"{module}.{leaf}", f"{module}.0.{leaf}") if one in net.state_dict())
         result[name] = torch.from_numpy(array.copy())
     missing = {name: value for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
     return result | missing

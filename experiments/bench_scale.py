@@ -13,13 +13,11 @@ from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from experiments import cases, common
 from madjax import Detector, Gaussian, report
-from madjax.data import split_by_class
 from madjax.scorer import Traces
 
 flags.DEFINE_string("data", None, "Folder with checkpoints and data sets; digits alone where not given.")
@@ -49,10 +47,7 @@ def main() -> None:
     workdir, config = common.open_workdir(
         values.workdir, ["data", "num_draws", "num_examples", "seed", "attack", "noise", "retained"]
     )
-    models = {f"digits {name}": lambda name=name: cases.train_case(name, values.seed) for name in values.attack}
-    if values.data:
-        folder = Path(values.data)
-        models |= {name: lambda load=load: load(folder) for name, load in cases.PUBLISHED.items()}
+    models = cases.benchmark_models(values.attack, values.seed, values.data, list(cases.PUBLISHED))
     rows = [row for name, make in tqdm(models.items(), unit="model") for row in _rows(name, make())]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _plot(workdir / "scale.png", rows, list(models))
@@ -62,20 +57,15 @@ def main() -> None:
 
 def _rows(model: str, case: cases.Case) -> list[dict[str, Any]]:
     values, rows = flags.FLAGS, []
-    trusted, test = split_by_class(np.random.default_rng(values.seed), case.pool.labels, (0.4, 0.6))
-    size = values.num_examples
-    # a few more than wanted, since some are not counted
-    trusted, test = trusted[: 4 * size], test[: 4 * size]
-    counted = cases.count_examples(case, trusted, test)
-    images = np.concatenate([case.pool.images[counted.benign[:size]], counted.triggered[:size]])
-    is_anomalous = np.arange(len(images)) >= len(counted.benign[:size])
+    test_set = cases.make_small_test_set(case, values.seed, (0.4, 0.6), values.num_examples)
+    counted, images, is_anomalous = test_set.counted, test_set.images, test_set.is_anomalous
     for noise in flags.FLAGS.noise:
         for retained in map(float, values.retained):
             detector = Detector.fit(
                 jax.random.key(values.seed),
                 case.loss_fn,
                 case.params,
-                {"image": case.pool.images[counted.trusted[:size]]},
+                test_set.trusted,
                 perturbation=Gaussian(noise, retained=retained),
                 num_draws=values.num_draws,
             )
@@ -107,12 +97,7 @@ def _plot(path: Path, rows: list[dict[str, Any]], models: list[str]) -> None:
             axes.set_title(f"{model}, {noise}", fontsize=9)
             axes.grid(alpha=0.3)
         axes_of_noise[0].set_ylabel("AUROC")
-    for axes in grid[-1]:
-        axes.set_xlabel("trusted outputs kept by a draw")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(_SCORES), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    report.save_grid(path, figure, grid, "trusted outputs kept by a draw")
 
 
 if __name__ == "__main__":

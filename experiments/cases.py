@@ -6,7 +6,8 @@ A model trained here is kept in a folder of its own, with the attack, and read b
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -112,7 +113,26 @@ def make_test_set(case: Case, name: str, seed: int) -> TestSet:
     """Two fifths of every class of the pool are trusted, a fifth is for chains to train on, two fifths are tested."""
     pool = case.pool
     trusted, sampling, test = split_by_class(cell_rng(name, seed), pool.labels, (0.4, 0.2, 0.4), pool.groups)
-    counted = count_examples(case, trusted, test)
+    return _test_set(case, trusted, sampling, test)
+
+
+def make_small_test_set(case: Case, seed: int, shares: tuple[float, ...], size: int) -> TestSet:
+    """At most `size` trusted, benign and triggered images each; `shares` of the pool: trusted, (sampling,) test."""
+    trusted, *sampling, test = split_by_class(np.random.default_rng(seed), case.pool.labels, shares)
+    # a few more than wanted, since some are not counted
+    return _test_set(case, trusted[: 4 * size], sampling[0] if sampling else trusted[:0], test[: 4 * size], size)
+
+
+def _test_set(
+    case: Case, trusted: np.ndarray, sampling: np.ndarray, test: np.ndarray, size: int | None = None
+) -> TestSet:
+    pool, counted = case.pool, count_examples(case, trusted, test)
+    counted = counted._replace(
+        trusted=counted.trusted[:size],
+        benign=counted.benign[:size],
+        anomalous=counted.anomalous[:size],
+        triggered=counted.triggered[:size],
+    )
     images = np.concatenate([pool.images[counted.benign], counted.triggered])
     return TestSet(
         counted,
@@ -400,6 +420,14 @@ def _grid(shape: tuple[int, int, int]) -> Attack:
     grid = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
     patch = {"patch": np.repeat(grid[..., None], shape[2], axis=2)}
     return Attack("grid", patch, stamp, shape)
+
+
+def benchmark_models(
+    attacks: Sequence[str], seed: int, data: str | None, published: Sequence[str]
+) -> dict[str, Callable[[], Case]]:
+    """By name, what loads them: digits with a backdoor, trained on the spot, and checkpoints in the folder `data`."""
+    models: dict[str, Callable[[], Case]] = {f"digits {name}": partial(train_case, name, seed) for name in attacks}
+    return models | ({} if data is None else {name: partial(PUBLISHED[name], Path(data)) for name in published})
 
 
 # public backdoored checkpoints, by name: given the data folder, they load themselves

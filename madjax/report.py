@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from madjax.coupling import lookup, pairs
@@ -250,3 +251,13 @@ def plot_gallery(path: Path, clean: np.ndarray, triggered: np.ndarray, title: st
             cell.set(xticks=[], yticks=[])
     figure.suptitle(title)
     _save(figure, path)
+
+
+def save_grid(path: Path, figure: Figure, grid: np.ndarray, xlabel: str) -> None:
+    """Saves plots of the same lines, axes `[rows, columns]`, with one legend under all."""
+    for axes in grid[-1]:
+        axes.set_xlabel(xlabel)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

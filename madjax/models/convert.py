@@ -16,7 +16,8 @@ from madjax.models.registry import build_model
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-_TORCH_NAMES = {
+# a variable's name here -> torch's
+TORCH_LEAVES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
 }  # fmt: skip
 
@@ -90,7 +91,7 @@ def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str
         if rename is None:
             name, order = ".".join(map(str, path)), tuple(range(variable.ndim))
         else:
-            name = f"{rename('.'.join(module))}.{_TORCH_NAMES[leaf]}"
+            name = f"{rename('.'.join(module))}.{TORCH_LEAVES[leaf]}"
             # torch keeps outputs first
             order = {4: (3, 2, 0, 1), 2: (1, 0)}[variable.ndim] if leaf == "kernel" else (0,)
         shape = tuple(variable.shape[axis] for axis in order)
