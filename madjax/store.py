@@ -171,10 +171,14 @@ class TraceStore:
         Raises:
           ValueError: where the disk refuses, or refused the block before; what was written before stays.
         """
-        self._written.result()
+        self.flush()
         self._written = _WRITER.submit(self._write, start, losses, info, state)
         if len(losses) < self.block or start + len(losses) == self._arrays["loss"].shape[0]:
-            self._written.result()
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns once the block that is being written is there; raises what `write` would."""
+        self._written.result()
 
     def _write(self, start: int, losses: LossMatrix, info: dict[str, list[float]], state: WalkState | None) -> None:
         stop, here = start + len(losses), hosts.host_range(self.num_examples)

@@ -137,6 +137,9 @@ def loss_matrix(
         except (KeyboardInterrupt, SystemExit):
             rows.save()
             raise
+        finally:
+            if store is not None:
+                store.flush()  # what was handed over is there, however the sweep ends
     return hosts.gather(rows.losses, count, axis=1)
 
 

@@ -177,6 +177,18 @@ def test_a_block_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
         np.testing.assert_array_equal(begun.whole(), losses[:stop])
 
 
+def test_a_sweep_that_is_stopped_leaves_nothing_unwritten(draws, break_off, tmp_path, monkeypatch):
+    write = TraceStore._write
+
+    def late(*args):
+        time.sleep(0.3)
+        write(*args)
+
+    monkeypatch.setattr(TraceStore, "_write", late)
+    break_off("host", 13)  # on its way to the 13th draw, all that is done being handed over
+    assert (tmp_path / TRACES / "loss/c/2/0").exists()
+
+
 def test_readers_see_a_labelled_set_while_it_fills(draws, examples, break_off, tmp_path):
     break_off("host", 9)
     half = open_traces(tmp_path)
