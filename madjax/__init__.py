@@ -6,6 +6,9 @@ from madjax.sampling.perturbation import Gaussian, Langevin
 from madjax.scorer import Scorer, Scores
 from madjax.store import open_traces
 from madjax.sweep import loss_matrix
+from madjax.xla_flags import leave_convolutions_to_xla
+
+leave_convolutions_to_xla()
 
 __all__ = [
     "ClassificationLoss",

@@ -1,10 +1,12 @@
 """The river: examples and a model → loss → draws → sweep → traces → couplings → scores. Nothing flows back."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jaxlib
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "madjax"
@@ -12,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "madjax"
 RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.scale", "sampling.perturbation", "hosts",
-    "prefix", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector",
+    "prefix", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector", "xla_flags",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "data", "interop", "metrics", "report")
 
@@ -68,3 +70,28 @@ def test_the_package_imports_neither_torch_nor_drivers():
 def test_importing_computes_nothing():
     code = "import jax, madjax; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CONVOLVE = """
+import os, jax, jax.numpy as jnp
+convolve = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+arguments = jnp.ones((8, 14, 14, 16)), jnp.ones((5, 5, 16, 32))
+print("ynn" in jax.jit(convolve).lower(*arguments).compile().as_text(), os.environ.get("XLA_FLAGS"))
+"""
+
+
+@pytest.mark.skipif(not jaxlib.__version__.startswith("0.10."), reason="the flag is for JAX 0.10")
+def test_convolutions_are_left_to_xla():
+    def run(code, flags):
+        # without the tests' own settings, under which XLA fuses nothing
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+        environment |= {} if flags is None else {"XLA_FLAGS": flags}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run(CONVOLVE, None) == "True None"
+    set_by_us = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    assert run("import madjax" + CONVOLVE, None) == f"False {set_by_us}"
+    assert run("import madjax" + CONVOLVE, "--xla_cpu_enable_fast_math=false").endswith(f"=false {set_by_us}")
+    own = "--xla_cpu_experimental_ynn_fusion_type=individual_convolution"
+    assert run("import madjax" + CONVOLVE, own) == f"True {own}"
