@@ -11,6 +11,7 @@ from madjax import from_nnx
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict, to_arrays
+from madjax.models.layers import max_pool
 
 if importlib.util.find_spec("torch") is not None:
     import torch
@@ -325,3 +326,14 @@ def test_a_models_own_names_are_taken_too(name):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
     with pytest.raises(ValueError, match=r"weights: do not fit .*is missing"):
         from_torch("resnet20", to_arrays(nnx.state(model)), (32, 32, 3))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_max_pool_is_that_of_nnx(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+
+    def pooled(pool):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)
+
+    reference = pooled(lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2)))
+    jax.tree.map(np.testing.assert_allclose, pooled(max_pool), reference)

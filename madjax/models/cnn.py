@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import batch_norm
+from madjax.models.layers import batch_norm, max_pool
 
 
 class DigitsCNN(Classifier):
@@ -39,7 +39,7 @@ class DigitsCNN(Classifier):
         """`[n, height, width, channels]` -> float32 logits `[n, num_classes]`."""
         x = nnx.relu(self.norm1(self.conv1(image)))
         x = nnx.relu(self.norm2(self.conv2(x)))
-        x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = max_pool(x)
         return self.output(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))).astype(jnp.float32))
 
 
