@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-import jaxlib
+import jax
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
@@ -18,5 +18,5 @@ def leave_convolutions_to_xla() -> None:
     """Adds the flag to the environment's XLA_FLAGS, unless it stands there or JAX is of another version than 0.10."""
     flags = os.environ.get("XLA_FLAGS", "")
     # XLA ends the process at a flag that it does not know, and this one is called experimental
-    if jaxlib.__version__.startswith("0.10.") and _FLAG not in flags:
+    if jax.__version__.startswith("0.10.") and _FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=-individual_convolution".lstrip()

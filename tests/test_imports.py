@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxlib
+import jax
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "madjax"
@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "madjax"
 RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.scale", "sampling.perturbation", "hosts",
-    "prefix", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector", "xla_flags",
+    "prefix", "store", "sweep", "traces", "coupling", "calibration", "scorer", "checkpoint", "detector", "stopping",
+    "xla_flags",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "data", "interop", "metrics", "report")
 
@@ -80,7 +81,7 @@ print("ynn" in jax.jit(convolve).lower(*arguments).compile().as_text(), os.envir
 """
 
 
-@pytest.mark.skipif(not jaxlib.__version__.startswith("0.10."), reason="the flag is for JAX 0.10")
+@pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="the flag is for JAX 0.10")
 def test_convolutions_are_left_to_xla():
     def run(code, flags):
         # without the tests' own settings, under which XLA fuses nothing
