@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.backdoor --dataset=digits --workdir=runs/demo
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

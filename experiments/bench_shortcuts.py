@@ -5,9 +5,9 @@ r"""What sequential stopping and bfloat16 save, and what they do to detection.
 
 A detector with the defaults is fitted on every model and scores its test examples three times: with all draws, with
 `Sequential`, and with the network computing in bfloat16 (parameters, draws and losses stay float32). Prints a row a
-model and, as the last line, JSON: the AUROC of each, the share of verdicts that differ from those of the first, the draws that a
-benign and an anomalous example took on average, and between the couplings in bfloat16 and in float32 the correlation
-and the largest difference.
+model and, as the last line, JSON: the AUROC of each, the share of verdicts that differ from those of the first, the
+draws that a benign and an anomalous example took on average, and between the couplings in bfloat16 and in float32 the
+correlation and the largest difference.
 """
 
 from __future__ import annotations

@@ -9,12 +9,9 @@ medians are of --repeats turns, compile time apart. Prints a table, and JSON as 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import time
-from typing import Any
 
-import jax
 from absl import flags
 
 from experiments import common
@@ -71,16 +68,10 @@ def main() -> None:
                 "num_examples": values.num_examples,
                 "layouts": results,
                 "auto_over_best": medians["auto"] / best,
-                "peak_memory_mib": _peak_memory(jax.devices()[0]) / 2**20,
+                "peak_memory_mib": common.peak_memory() / 2**20,
             }
         )
     )
-
-
-def _peak_memory(device: Any) -> float:
-    """Bytes: of the device where it tells, else of the process."""
-    stats = device.memory_stats() or {}
-    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -291,6 +292,12 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory() -> float:
+    """Bytes: of the device where it tells, else of the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def random_problem(

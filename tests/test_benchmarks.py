@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from experiments import bench_growth
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
 
@@ -46,6 +47,41 @@ def test_bench_quality(here, tmp_path):
     if result["forward_pass_ratio"] is not None:
         assert result["forward_pass_ratio"] == reference / (few if result["num_draws"] == 4 else many)
     assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_bench_shortcuts(here):
+    small = ["--attack=badnet", "--num_draws=8", "--num_examples=30", "--layout=host"]
+    row = json.loads(here("bench_shortcuts", *small).splitlines()[-1])["models"]["digits badnet"]
+    assert 2 <= row["draws_benign"] <= 8
+    assert 0 <= row["changed_stopping"] <= 1
+    assert row["correlation_bfloat16"] > 0.98
+    assert row["largest_difference_bfloat16"] > 0  # it was computed otherwise
+
+
+def test_bench_roofline(here, tmp_path):
+    small = ["--model=digits_cnn", "--dtype=float32", "--num_examples=64", "--num_draws=2", "--batch_size=32"]
+    small += ["--matrix_size=64", "--repeats=1", "--layout=host", f"--workdir={tmp_path}"]
+    result = json.loads(here("bench_roofline", *small).splitlines()[-1])
+    # two 3×3 convolutions, 1 -> 16 -> 32 features on 8×8, and 512×96 + 96×10 weights
+    products = 2 * (64 * 9 * (16 + 16 * 32) + 512 * 96 + 960)
+    passes = result["flops_per_second"]["sweep"] * result["seconds"]["sweep"] / (64 * 2)
+    assert products * 0.8 < passes < products * 1.3  # padding is not multiplied; norms and relus count too
+    assert len(result["largest_costs_seconds"]) == 5
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_bench_growth(here, monkeypatch):
+    small = ["--repeats=1", "--layout=host"]
+    point = json.loads(here("bench_growth", *small, "--point=draws=16").splitlines()[-1])
+    assert point["count"] == 16
+    assert point["seconds"] > 0
+    monkeypatch.setitem(bench_growth._POINTS, "trusted", [30])
+    growth = json.loads(here("bench_growth", "--grows=trusted", *small).splitlines()[-1])["growth"]
+    assert growth["trusted"]["points"][0]["count"] == 30
+    points = [{"count": 10, "seconds": 3.0}, {"count": 100, "seconds": 300.0}]
+    assert bench_growth._slope(points, "seconds") == pytest.approx(2)
+    with pytest.raises(ValueError, match=r"^point: wanted what=value, .* got 'weather=16'"):
+        here("bench_growth", "--point=weather=16")
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")

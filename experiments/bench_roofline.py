@@ -1,0 +1,107 @@
+r"""How near the sweep comes to the device's matrix rate.
+
+    python -m experiments.bench_roofline --model=preact_resnet18 --dtype=bfloat16
+
+The achieved FLOP/s of a sweep, by XLA's count of one forward pass, over those of a large bfloat16 matrix product
+(float32 on a CPU, which has no bfloat16 units), timed in turns in the same run; medians of --repeats, compile time
+apart. Writes a profiler trace to <workdir>/trace and names its five largest costs. Prints JSON as the last line.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import common
+from madjax.models import MODELS
+from madjax.sweep import loss_matrix
+
+flags.DEFINE_string("workdir", "runs/roofline", "Folder for the trace.")
+flags.DEFINE_integer("matrix_size", None, "Rows of the matrices; 8192, on a CPU 2048, where not given.", lower_bound=8)
+flags.DEFINE_string("model", "preact_resnet18", f"{', '.join(MODELS)} or wrn<d>_<k>; random weights.")
+flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the model's computation.")
+flags.DEFINE_integer("num_examples", 12_000, "Examples.", lower_bound=1)
+flags.DEFINE_integer("num_draws", 16, "Draws of one turn.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 1024, "Examples of one forward pass.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
+common.define_layout()
+
+
+def main() -> None:
+    """Times sweep and matrix product in turns, then records one sweep."""
+    values = flags.FLAGS
+    is_cpu = jax.devices()[0].platform == "cpu"
+    size = values.matrix_size or (2048 if is_cpu else 8192)
+    matrix = jnp.ones((size, size), jnp.float32 if is_cpu else jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    loss_fn, params, draws, examples = common.random_problem(
+        values.model, values.num_examples, values.num_draws, values.dtype
+    )
+    examples = jax.device_put(examples)
+
+    def sweep() -> None:
+        loss_matrix(loss_fn, draws, examples, layout=values.layout, batch_size=values.batch_size)
+
+    def product() -> None:
+        multiply(matrix, matrix).block_until_ready()
+
+    # of the program as it was written: libraries that a compiled one calls count as nothing
+    batch = jax.tree.map(lambda leaf: leaf[: values.batch_size], examples)
+    num_rows = min(values.batch_size, values.num_examples)
+    pass_flops = jax.jit(loss_fn).lower(params, batch).cost_analysis()["flops"] / num_rows  # pyright: ignore
+    flops = {"sweep": pass_flops * values.num_examples * values.num_draws, "matrix_product": 2.0 * size**3}
+    runs = {"sweep": sweep, "matrix_product": product}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(values.repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    rates = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
+    print(
+        json.dumps(
+            {
+                "device": common.device(),
+                **{name: values[name].value for name in ("model", "dtype", "num_examples", "num_draws", "batch_size")},
+                "layout": values.layout,
+                "matrix": [str(matrix.dtype), size],
+                "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+                "flops_per_second": rates,
+                "share_of_matrix_product": rates["sweep"] / rates["matrix_product"],
+                "peak_memory_mib": common.peak_memory() / 2**20,
+                "largest_costs_seconds": _largest_costs(sweep, Path(values.workdir) / "trace"),
+            }
+        )
+    )
+
+
+def _largest_costs(run: Any, folder: Path, count: int = 5) -> dict[str, float]:
+    """Seconds by operation of one run, from the trace that it leaves in `folder`."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would fill the trace
+    with jax.profiler.trace(folder, profiler_options=options):
+        run()
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    planes = list(jax.profiler.ProfileData.from_file(str(newest)).planes)
+    planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
+    costs: collections.Counter[str] = collections.Counter()
+    for plane in planes:
+        for line in plane.lines:
+            if line.name != "python":  # what the host does
+                for event in line.events:
+                    if not event.name.startswith(("ThunkExecutor", "end: ", "while")):  # sums of others
+                        costs[event.name] += event.duration_ns / 1e9
+    return dict(costs.most_common(count))
+
+
+if __name__ == "__main__":
+    common.run(main)
