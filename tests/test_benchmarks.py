@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 
-from experiments import bench_growth
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
 
@@ -70,12 +69,13 @@ def test_bench_roofline(here, tmp_path):
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_bench_growth(here, monkeypatch):
+def test_bench_growth(here, driver, monkeypatch):
+    bench_growth = driver("bench_growth")
     small = ["--repeats=1", "--layout=host"]
     point = json.loads(here("bench_growth", *small, "--point=draws=16").splitlines()[-1])
     assert point["count"] == 16
     assert point["seconds"] > 0
-    monkeypatch.setitem(bench_growth._POINTS, "trusted", [30])
+    monkeypatch.setitem(bench_growth._POINTS, "trusted", [30, 60])
     growth = json.loads(here("bench_growth", "--grows=trusted", *small).splitlines()[-1])["growth"]
     assert growth["trusted"]["points"][0]["count"] == 30
     points = [{"count": 10, "seconds": 3.0}, {"count": 100, "seconds": 300.0}]
