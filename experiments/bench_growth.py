@@ -2,10 +2,10 @@ r"""How time and memory of a sweep and of a fit grow with draws, examples, trust
 
     python -m experiments.bench_growth
 
-Five minutes on 2 CPU cores. Every point runs in a process of its own, so that its peak memory is its own: seconds are
-the median of --repeats sweeps (or fits from given losses, for trusted examples) after a first that compiles, bytes what
-the process' peak rose by from before the first. Prints a table and, as the last line, JSON with the points and the
-slopes of log time and log memory over the log of the count (1: proportional; 0: no growth).
+Every point runs in a process of its own, so that its peak memory is its own: seconds are the median of --repeats sweeps
+(or fits from given losses, for trusted examples) after a first that compiles, bytes what the peak rose by from before
+the first. Prints a table and, as the last line, JSON with the points and the slopes of log time and log memory over the
+log of the count (1: proportional; 0: no growth).
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,16 +83,8 @@ def _measure(what: str, value: int | str) -> dict[str, Any]:
     before = common.peak_memory()
     run()
     grown = common.peak_memory() - before
-    return {"count": count, "seconds": _median_seconds(run, flags.FLAGS.repeats), "bytes": grown}
-
-
-def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    seconds = common.time_in_turns({what: run}, flags.FLAGS.repeats)[what]
+    return {"count": count, "seconds": statistics.median(seconds), "bytes": grown}
 
 
 def _slope(points: list[dict[str, float]], name: str) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from madjax.models import MODELS
 from madjax.sweep import loss_matrix
 
 flags.DEFINE_string("workdir", "runs/roofline", "Folder for the trace.")
 flags.DEFINE_integer("matrix_size", None, "Rows of the matrices; 8192, on a CPU 2048, where not given.", lower_bound=8)
-flags.DEFINE_string("model", "preact_resnet18", f"{', '.join(MODELS)} or wrn<d>_<k>; random weights.")
-flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the model's computation.")
-flags.DEFINE_integer("num_examples", 12_000, "Examples.", lower_bound=1)
-flags.DEFINE_integer("num_draws", 16, "Draws of one turn.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 1024, "Examples of one forward pass.", lower_bound=1)
-flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
+common.define_problem_size("preact_resnet18", "bfloat16", num_examples=12_000, num_draws=16, batch_size=1024)
 common.define_layout()
 
 
@@ -59,13 +52,8 @@ def main() -> None:
     pass_flops = jax.jit(loss_fn).lower(params, batch).cost_analysis()["flops"] / num_rows  # pyright: ignore
     flops = {"sweep": pass_flops * values.num_examples * values.num_draws, "matrix_product": 2.0 * size**3}
     runs = {"sweep": sweep, "matrix_product": product}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(values.repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
+    common.time_in_turns(runs, 1)  # compiles
+    seconds = common.time_in_turns(runs, values.repeats)
     rates = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
     print(
         json.dumps(

@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
+from functools import partial
 
 from absl import flags
 
 from experiments import common
-from madjax.models import MODELS
 from madjax.sweep import loss_matrix
 
-flags.DEFINE_string("model", "digits_cnn", f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the model's computation.")
-flags.DEFINE_integer("num_examples", 1024, "Examples.", lower_bound=1)
-flags.DEFINE_integer("num_draws", 32, "Draws of one turn.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 256, "Examples of one forward pass.", lower_bound=1)
-flags.DEFINE_integer("repeats", 5, "Turns of each layout.", lower_bound=1)
+common.define_problem_size("digits_cnn", "float32", num_examples=1024, num_draws=32, batch_size=256)
 flags.DEFINE_list("layouts", ["host", "scan8", "vmap2", "vmap4", "vmap8"], "Layouts beside auto.")
 
 
@@ -34,17 +28,12 @@ def main() -> None:
         values.model, values.num_examples, values.num_draws, values.dtype
     )
 
-    def sweep(layout: str) -> float:
-        start = time.perf_counter()
+    def sweep(layout: str) -> None:
         loss_matrix(loss_fn, draws, examples, layout=layout, batch_size=values.batch_size)
-        return time.perf_counter() - start
 
-    layouts = [*values.layouts, "auto"]
-    first = {layout: sweep(layout) for layout in layouts}
-    seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
-    for _ in range(values.repeats):
-        for layout in layouts:
-            seconds[layout].append(sweep(layout))
+    runs = {layout: partial(sweep, layout) for layout in [*values.layouts, "auto"]}
+    first = {layout: seconds[0] for layout, seconds in common.time_in_turns(runs, 1).items()}
+    seconds = common.time_in_turns(runs, values.repeats)
     medians = {layout: statistics.median(times) for layout, times in seconds.items()}
     print(f"{'layout':<8} {'compile s':>9} {'draws/s':>9} {'losses/s':>10}")
     results = {}

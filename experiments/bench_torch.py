@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,15 +46,9 @@ def main() -> None:
         passes = _passes(name)
         results[name] = {}
         for kind in ("forward", "gradient"):
-            ours, theirs = passes["ours"][kind], passes["torch"][kind]
-            ours()  # compiles
-            theirs()
-            seconds: dict[str, list[float]] = {"ours": [], "torch": []}
-            for _ in range(values.repeats):
-                for who, run in (("ours", ours), ("torch", theirs)):
-                    start = time.perf_counter()
-                    run()
-                    seconds[who].append(time.perf_counter() - start)
+            runs = {who: passes[who][kind] for who in ("ours", "torch")}
+            common.time_in_turns(runs, 1)  # compiles
+            seconds = common.time_in_turns(runs, values.repeats)
             medians = {who: statistics.median(times) for who, times in seconds.items()}
             results[name][kind] = {**medians, "torch_over_ours": medians["torch"] / medians["ours"]}
             own, other = (1e3 * medians[who] for who in ("ours", "torch"))

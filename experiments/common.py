@@ -10,7 +10,8 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,6 +293,27 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def define_problem_size(model: str, dtype: str, num_examples: int, num_draws: int, batch_size: int) -> None:
+    """The flags of a sweep of `random_problem`, and `repeats`, with these defaults."""
+    flags.DEFINE_string("model", model, f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
+    flags.DEFINE_enum("dtype", dtype, ["float32", "bfloat16"], "Of the model's computation.")
+    flags.DEFINE_integer("num_examples", num_examples, "Examples.", lower_bound=1)
+    flags.DEFINE_integer("num_draws", num_draws, "Draws of one turn.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", batch_size, "Examples of one forward pass.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every call; the runs take turns, so that a machine whose speed drifts slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def peak_memory() -> float:
