@@ -1,8 +1,8 @@
 """Asks XLA's CPU backend to leave convolutions to itself, which imports of madjax do once.
 
-The CPU backend of JAX 0.10 hands single convolutions to a library (YNNPACK) that takes up to 14 times as long as XLA's
-own code for a gradient by the kernel, and up to 5 times for a convolution of 16 features (`docs/performance.md`). The
-flag is read when JAX first computes something, so what was computed before the import keeps the old code.
+The CPU backend of JAX 0.10 hands single convolutions to a library (YNNPACK) that takes many times as long as XLA's own
+code for a gradient by the kernel (`docs/performance.md` says what that does to training). The flag is read when JAX
+first computes something, so what was computed before the import keeps the old code.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def global_mean(x: jax.Array) -> jax.Array:
 def max_pool(x: jax.Array) -> jax.Array:
     """2×2 maxima with a stride of 2; a last odd row or column is dropped. Equal maxima share their gradient.
 
-    The CPU takes over ten times as long for the gradient of `nnx.max_pool`.
+    The CPU takes many times as long for the gradient of a window, as `nnx.max_pool` has it.
     """
     height, width = (size // 2 * 2 for size in x.shape[1:3])
     top, bottom = x[:, 0:height:2, :width], x[:, 1:height:2, :width]
