@@ -38,6 +38,7 @@ _SCORES: tuple[tuple[str, Traces], ...] = (
     ("class_ccc", "whitened"),
     ("topk_ccc", "whitened"),
     ("topk_class_ccc", "whitened"),
+    ("standardized_ccc", "whitened"),
 )
 
 

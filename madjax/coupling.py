@@ -12,6 +12,7 @@ one number. Moments are population moments over draws, computed in float64. What
   over the `TOP_K` highest. `topk_class_*`: the mean of `topk_*` and of `class_*` with `CLASS_PRIOR` further members in
   every class that share nothing. The nearest know a mechanism inside a class; the mean of a large class is less noisy,
   and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
+- `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
 """
@@ -28,7 +29,7 @@ from madjax.types import LossMatrix
 Pair = Literal["correlation", "ccc", "covariance"]
 Reduction = Literal["mean", "class", "topk", "topk_class"]
 
-DEFAULT = "topk_class_ccc"
+DEFAULT = "standardized_ccc"
 TOP_K = 10
 CLASS_PRIOR = 20
 # pair matrices are made for this many entries at a time
@@ -36,10 +37,11 @@ _BLOCK_ENTRIES = 4_000_000
 
 
 class Coupling(NamedTuple):
-    """A pair measure and how it is reduced over the trusted examples."""
+    """A pair measure, how it is reduced over the trusted examples, and whether it is held against its class's."""
 
     pair: Pair
     reduction: Reduction
+    standardized: bool = False
 
 
 COUPLINGS = {
@@ -50,6 +52,7 @@ COUPLINGS = {
     "class_ccc": Coupling("ccc", "class"),
     "topk_ccc": Coupling("ccc", "topk"),
     "topk_class_ccc": Coupling("ccc", "topk_class"),
+    "standardized_ccc": Coupling("ccc", "topk_class", standardized=True),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -64,7 +67,7 @@ def lookup(name: str) -> Coupling:
 def couplings(
     name: str, trusted: LossMatrix, test: LossMatrix, trusted_classes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Float64 `[num_test]`: the coupling `name` of every test example with the trusted set.
+    """Float64 `[num_test]`: the coupling `name` of every test example with the trusted set, not standardized.
 
     Args:
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
@@ -117,7 +120,7 @@ def _check(trusted: LossMatrix, test: LossMatrix) -> None:
 def _reduce(
     coupling: Coupling, trusted: LossMatrix, test: LossMatrix, classes: np.ndarray | None, *, leave_one_out: bool
 ) -> np.ndarray:
-    pair, reduction = coupling
+    pair, reduction, _ = coupling
     if reduction == "mean":
         return _group_means(pair, trusted, test, np.ones((1, trusted.shape[1])), leave_one_out=leave_one_out)
     if reduction == "class":

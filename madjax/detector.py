@@ -229,7 +229,7 @@ class Detector:
         }
         arrays: dict[str, Any] = {
             "trusted": scorer.trusted,
-            "trusted_couplings": scorer.trusted_couplings,
+            "trusted_couplings": scorer.left_out,
         }
         if scorer.trusted_classes is not None:
             arrays["trusted_classes"] = scorer.trusted_classes

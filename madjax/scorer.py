@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from threadpoolctl import threadpool_limits
 from madjax import calibration
 from madjax.coupling import DEFAULT, couplings, leave_one_out, lookup, nearest
 from madjax.sampling.diagnostics import ensure_finite
+from madjax.standardize import standardize, standardize_trusted
 from madjax.traces import TraceMap, TraceMapFit
 from madjax.types import LossMatrix
 
@@ -47,7 +49,7 @@ class Scorer:
       traces: "whitened" (see `madjax.traces`) or "raw", the losses as they are.
       trusted: `[num_draws, num_trusted]` losses.
       trusted_classes: `[num_trusted]` predicted classes, or None.
-      trusted_couplings: `[num_trusted]`, each with the others.
+      left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
       trace_map: for "whitened" traces.
     """
 
@@ -55,7 +57,7 @@ class Scorer:
     traces: Traces
     trusted: LossMatrix
     trusted_classes: np.ndarray | None
-    trusted_couplings: np.ndarray
+    left_out: np.ndarray
     trace_map: TraceMap | None
 
     @classmethod
@@ -95,6 +97,13 @@ class Scorer:
         left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
         return cls(coupling, traces, trusted, trusted_classes, left_out, fit.without(np.zeros(0, int)))
 
+    @cached_property
+    def trusted_couplings(self) -> np.ndarray:
+        """Float64 `[num_trusted]`: what the coupling of each would be, had it come as a test example."""
+        if self.trusted_classes is None or not lookup(self.coupling).standardized:
+            return self.left_out
+        return standardize_trusted(self.left_out, self.trusted_classes)
+
     def map(self, losses: LossMatrix) -> np.ndarray:
         """The traces of losses at the trusted draws."""
         return losses if self.trace_map is None else self.trace_map(losses)
@@ -116,6 +125,10 @@ class Scorer:
             raise ValueError("per_class: wanted predicted classes of the trusted and of the test examples, got none")
         trusted, test = self.map(self.trusted), self.map(losses)
         values = couplings(self.coupling, trusted, test, self.trusted_classes)
+        if lookup(self.coupling).standardized and self.trusted_classes is not None:
+            if classes is None:
+                raise ValueError(f"classes: coupling {self.coupling!r} wanted those of the test examples, got none")
+            values = standardize(values, classes, self.left_out, self.trusted_classes)
         p_value = calibration.p_values(
             self.trusted_couplings,
             values,

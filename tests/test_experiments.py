@@ -68,7 +68,7 @@ def test_backdoor_writes_what_it_says(finished):
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
     for name in ("histogram", "roc", "couplings", "flagged", "gallery"):
         assert (workdir / "cells" / "badnet-0" / f"{name}.png").stat().st_size > 5000
-    assert "badnet      gaussian     topk_class_ccc" in done.stdout
+    assert "badnet      gaussian     standardized_ccc" in done.stdout
     assert "average" in done.stdout
     assert "5.00% wanted" in done.stdout
 
@@ -228,7 +228,7 @@ def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, her
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["attack"] for row in rows} == {"bpp"}
     assert [(row["sampler"], row["coupling"]) for row in rows] == [
-        ("gaussian", "topk_class_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
+        ("gaussian", "standardized_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
         ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
     ]  # fmt: skip
     assert not (tmp_path / "models").exists()
