@@ -12,6 +12,8 @@ one number. Moments are population moments over draws, computed in float64. What
   over the `TOP_K` highest. `topk_class_*`: the mean of `topk_*` and of `class_*` with `CLASS_PRIOR` further members in
   every class that share nothing. The nearest know a mechanism inside a class; the mean of a large class is less noisy,
   and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
+- `cluster_*`: as `class_*` with that prior, over clusters of the trusted traces, for outputs that have no class; a
+  `Scorer` finds them.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
@@ -27,7 +29,7 @@ import numpy as np
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "topk", "topk_class"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
@@ -53,6 +55,7 @@ COUPLINGS = {
     "topk_ccc": Coupling("ccc", "topk"),
     "topk_class_ccc": Coupling("ccc", "topk_class"),
     "standardized_ccc": Coupling("ccc", "topk_class", standardized=True),
+    "cluster_ccc": Coupling("ccc", "cluster"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -125,6 +128,8 @@ def _reduce(
         return _group_means(pair, trusted, test, np.ones((1, trusted.shape[1])), leave_one_out=leave_one_out)
     if reduction == "class":
         return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
+    if reduction == "cluster":
+        return _group_means(pair, trusted, test, _members(trusted, classes), CLASS_PRIOR, leave_one_out=leave_one_out)
     result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
     if reduction == "topk" or classes is None:
         return result

@@ -1,7 +1,8 @@
 """From a Flax model to a `LossFn`: how surprised perturbed parameters are by what the trained model says.
 
-`from_nnx` and `from_linen` return `(loss_fn, params)`. The loss is the cross-entropy against `batch["label"]`;
-`loss_fn.label(params, batch)` puts the model's own argmax there, since what is explained is the output, right or wrong.
+`from_nnx` and `from_linen` return `(loss_fn, params)` of a classifier. The loss is the cross-entropy against
+`batch["label"]`; `loss_fn.label(params, batch)` puts the model's own argmax there, since what is explained is the
+output, right or wrong. `from_decoder` does so for a language model and its own completions.
 Batch statistics are part of `params`, frozen unless a sampler asks for `loss_fn.drift`.
 Nothing else in the package needs these classes: any function `(params, batch) -> float32 [n]` is a `LossFn`.
 """
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import flax.linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -173,3 +175,80 @@ class _LinenModule:
             collection: jax.tree.map(lambda _, trainable=collection == "params": trainable, tree)
             for collection, tree in params.items()
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLoss:
+    """Mean negative log-likelihood of a completion's tokens, given its prompt, a sequence at a time.
+
+    A batch holds `prompt` int32 `[n, prompt_size]`, padded on the left, and `completion` int32 `[n, size]`, padded on
+    the right, with `prompt_length` and `completion_length` int32 `[n]`. What is explained is the model's own
+    completion, which is generated once (`madjax.models.generate.complete`) and has no class.
+
+    Attributes:
+      graphdef: the decoder without its parameters: `model(tokens, positions, last=...)` -> logits of the last tokens.
+    """
+
+    graphdef: Any
+
+    def is_trainable(self, params: Params) -> Any:
+        """Pytree of bool like `params`: all of them."""
+        return jax.tree.map(lambda _: True, params)
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Float32 `[n]`: nats a token."""
+        lengths = batch["completion_length"]
+        return self.tokens(params, batch).sum(-1) / jnp.maximum(lengths, 1)
+
+    def tokens(self, params: Params, batch: Batch) -> jax.Array:
+        """Float32 `[n, size]`: nats of each token of the completion, 0 behind its end."""
+        positions, is_target = sequence_positions(batch)
+        tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)
+        model = nnx.merge(self.graphdef, params)
+        # the last token is told by those before it
+        logits = model(tokens[:, :-1], positions[:, :-1], last=is_target.shape[1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["completion"])
+        return jnp.where(is_target, losses, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """Negative log-likelihood of one token of a completion: that at `batch["token"]`, int32 `[n]`."""
+
+    loss_fn: SequenceLoss
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Float32 `[n]`, in nats."""
+        return jnp.take_along_axis(self.loss_fn.tokens(params, batch), batch["token"][:, None], axis=1)[:, 0]
+
+
+def token_examples(batch: Batch) -> tuple[Batch, np.ndarray]:
+    """Every token of every completion as an example for `TokenLoss`, and the sequence that each belongs to."""
+    lengths = np.asarray(batch["completion_length"])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    token = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    return {**jax.tree.map(lambda leaf: leaf[owner], batch), "token": token}, owner
+
+
+def sequence_positions(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Of prompts and completions end to end.
+
+    Returns:
+      Positions int32 `[n, prompt_size + size]`, -1 for padding; bool `[n, size]`: tokens of the completion.
+    """
+    prompt_size, size = batch["prompt"].shape[1], batch["completion"].shape[1]
+    place, after = jnp.arange(prompt_size)[None], jnp.arange(size)[None]
+    lengths = batch["prompt_length"][:, None]
+    is_target = after < batch["completion_length"][:, None]
+    before = jnp.maximum(place - prompt_size + lengths, -1)
+    return jnp.concatenate([before, jnp.where(is_target, lengths + after, -1)], axis=1).astype(jnp.int32), is_target
+
+
+def from_decoder(model: nnx.Module) -> tuple[SequenceLoss, Params]:
+    """The loss and the parameters of a language model `model(tokens, positions, *, last) -> logits`.
+
+    Tokens and positions are int32 `[n, length]`, positions -1 for padding; logits `[n, last, vocab_size]` are those
+    behind the `last` last tokens. `madjax.models.decoder.Decoder` is one.
+    """
+    graphdef, params = nnx.split(model)
+    return SequenceLoss(graphdef), params

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
+from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from madjax import calibration
@@ -48,7 +49,7 @@ class Scorer:
       coupling: a name in `COUPLINGS`.
       traces: "whitened" (see `madjax.traces`) or "raw", the losses as they are.
       trusted: `[num_draws, num_trusted]` losses.
-      trusted_classes: `[num_trusted]` predicted classes, or None.
+      trusted_classes: `[num_trusted]` predicted classes, or clusters where the coupling is over those, or None.
       left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
       trace_map: for "whitened" traces.
     """
@@ -89,6 +90,9 @@ class Scorer:
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
                 f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
+        if lookup(coupling).reduction == "cluster":
+            mapped = trusted if traces == "raw" else TraceMapFit(trusted).without(np.zeros(0, int))(trusted)
+            trusted_classes = _clusters(mapped)
         if traces == "raw":
             return cls(
                 coupling, traces, trusted, trusted_classes, leave_one_out(coupling, trusted, trusted_classes), None
@@ -137,6 +141,15 @@ class Scorer:
         )
         closest, _ = nearest(self.coupling, trusted, test)
         return Scores(-values, p_value, p_value <= fpr, classes, closest)
+
+
+def _clusters(traces: np.ndarray) -> np.ndarray:
+    """Int `[num_examples]`: at most ten groups of traces that move alike, of twenty or more on average."""
+    centered = traces - traces.mean(0)
+    directions = centered / np.maximum(np.linalg.norm(centered, axis=0), np.finfo(float).tiny)
+    count = max(2, min(10, traces.shape[1] // 20))
+    with threadpool_limits(1):
+        return np.asarray(KMeans(count, random_state=0).fit_predict(directions.T))
 
 
 def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | None, fit: TraceMapFit) -> np.ndarray:

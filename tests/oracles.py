@@ -34,7 +34,7 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None):
     top = np.sort(values)[-top_k:].mean()
     if reduction == "topk":
         return top
-    if reduction == "topk_class":
+    if reduction in ("cluster", "topk_class"):
         shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))
-        return (top + shrunk) / 2
+        return shrunk if reduction == "cluster" else (top + shrunk) / 2
     return max(values[groups == group].mean() for group in np.unique(groups))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from madjax import coupling
+from madjax.scorer import Scorer
 from tests import oracles
 
 
@@ -104,3 +105,20 @@ def test_bad_input(losses):
         coupling.couplings("mean_ccc", trusted, test[:-1])
     with pytest.raises(ValueError, match="trusted_classes: wanted one class for each of 31"):
         coupling.couplings("class_ccc", trusted, test, classes[:-1])
+
+
+def test_clusters_stand_in_for_classes():
+    """Three kinds of traces: clusters find them, and an example of none is explained by none."""
+    rng = np.random.default_rng(0)
+    kinds, kind = rng.normal(size=(60, 3)), np.repeat([0, 1, 2], 20)
+    trusted = kinds[:, kind] + 0.2 * rng.normal(size=(60, 60))
+    scorer = Scorer.fit(trusted, coupling="cluster_ccc", traces="raw")
+    assert scorer.trusted_classes is not None
+    assert len({(a, b) for a, b in zip(kind, scorer.trusted_classes, strict=True)}) == 3
+    test = np.concatenate([kinds + 0.2 * rng.normal(size=(60, 3)), rng.normal(size=(60, 3))], axis=1)
+    scores = scorer.score(test)
+    assert scores.anomaly_score[:3].max() < scores.anomaly_score[3:].min()
+    # twenty members of a cluster, and twenty more that share nothing
+    members = scorer.trusted_classes == scorer.trusted_classes[0]
+    wanted = coupling.pairs("ccc", trusted[:, members], test[:, :1]).sum() / (members.sum() + 20)
+    np.testing.assert_allclose(-scores.anomaly_score[0], wanted)

@@ -18,7 +18,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 # a variable's name here -> torch's
 TORCH_LEAVES = {
-    "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
+    "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias", "mean": "running_mean",
+    "var": "running_var",
 }  # fmt: skip
 
 
@@ -93,7 +94,8 @@ def _fit(state: nnx.State, weights: dict[str, np.ndarray], rename: Callable[[str
         else:
             name = f"{rename('.'.join(module))}.{TORCH_LEAVES[leaf]}"
             # torch keeps outputs first
-            order = {4: (3, 2, 0, 1), 2: (1, 0)}[variable.ndim] if leaf == "kernel" else (0,)
+            outputs_first = {4: (3, 2, 0, 1), 2: (1, 0)}
+            order = outputs_first[variable.ndim] if leaf == "kernel" else tuple(range(variable.ndim))
         shape = tuple(variable.shape[axis] for axis in order)
         array = left.pop(name, None)
         if array is None:

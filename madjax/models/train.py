@@ -77,30 +77,66 @@ def train_classifier(
         updates, momentum = optimizer.update(gradient, momentum, params)
         return (optax.apply_updates(params, updates), rest, momentum), loss
 
-    # copies, since the step gives its argument's memory to its result
-    state = jax.tree.map(jnp.array, (params, rest, optimizer.init(params)))
-    first, mean, state = _resume(workdir, state)
     images_there, labels_there = jax.device_put(images), jax.device_put(np.asarray(labels, np.int32))
+    mean, state = run_epochs(
+        lambda state, index, key: step(state, images_there, labels_there, index, key),
+        (params, rest, optimizer.init(params)),
+        len(images),
+        rng_key=rng_key,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        workdir=workdir,
+        progress=progress,
+    )
+    nnx.update(model, *state[:2])
+    model.eval()
+    return mean
+
+
+def run_epochs(
+    step: Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]],
+    state: Any,
+    num_examples: int,
+    *,
+    rng_key: jax.Array,
+    num_epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    workdir: str | Path | None,
+    progress: bool,
+) -> tuple[float, Any]:
+    """Passes all examples, shuffled, through `step` in every epoch; the last, smaller batch is dropped.
+
+    Args:
+      step: (state, indices of the batch, key) -> (state, loss); its first argument may be donated.
+      learning_rate: for the error where the loss is not finite.
+      workdir: see `train_classifier`.
+
+    Returns:
+      The mean loss of the last epoch, and the state after it.
+    """
+    # copies, since a step may give its argument's memory to its result
+    state = jax.tree.map(jnp.array, state)
+    first, mean, state = _resume(workdir, state)
     # a loop on the host over one compiled step: convolution gradients inside lax.scan are slow on the CPU
     bar = tqdm(
         range(first, num_epochs), desc="train", unit="epoch", initial=first, total=num_epochs, disable=not progress
     )
     for epoch in bar:
         epoch_key = jax.random.fold_in(rng_key, epoch)
-        order = jax.random.permutation(epoch_key, len(images))
+        order = jax.random.permutation(epoch_key, num_examples)
         losses = []
-        for i in range(num_batches):
+        for i in range(num_examples // batch_size):
             index = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
-            state, loss = step(state, images_there, labels_there, index, jax.random.fold_in(epoch_key, i))
+            state, loss = step(state, index, jax.random.fold_in(epoch_key, i))
             losses.append(loss)
         mean = float(jnp.mean(jnp.stack(losses)))
         if not np.isfinite(mean):
             raise FloatingPointError(f"learning_rate: {learning_rate} made the training loss {mean} in epoch {epoch}")
         bar.set_postfix(loss=f"{mean:.4f}")
         _keep(workdir, epoch, mean, state)
-    nnx.update(model, *state[:2])
-    model.eval()
-    return mean
+    return mean, state
 
 
 def _keep(workdir: str | Path | None, epoch: int, loss: float, state: Any) -> None:
