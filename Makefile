@@ -1,8 +1,8 @@
-# `make demo` and `make test` need Python >= 3.11 with its venv module, and nothing else.
+# `make demo`, `make demo-language` and `make test` need Python >= 3.11 with its venv module, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types slow clean
+.PHONY: demo demo-language test lint types slow clean
 
 # the stamp is newer than pyproject.toml once everything it lists is installed
 .venv/installed: pyproject.toml
@@ -14,6 +14,9 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.backdoor --dataset=digits --workdir=runs/demo
+
+demo-language: .venv/installed
+	$(BIN)/python -m experiments.language --workdir=runs/demo-language
 
 test: lint types
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile

