@@ -142,8 +142,10 @@ def make_case(backdoor_name: str, seed: int, recipe: LanguageRecipe, num_prompts
 def answer(model: Decoder, tokenizer: ChatTokenizer, texts: list[Any], num_tokens: int, longest: int) -> Prompts:
     """The prompts that can be encoded, with the model's completions; those that cannot are named on the terminal."""
     encoded = tokenizer.encode_prompts(texts, longest)
-    for reason in encoded.refused.values():
-        print(f"left out: {reason}")
+    if not encoded.index:
+        raise ValueError(
+            f"prompts: none of {len(texts)} can be used; {next(iter(encoded.refused.values()), 'none given')}"
+        )
     batch = complete(
         model, prompt_batch(encoded.tokens, longest), num_tokens=num_tokens, end_tokens=tokenizer.end_tokens
     )
@@ -151,7 +153,13 @@ def answer(model: Decoder, tokenizer: ChatTokenizer, texts: list[Any], num_token
         tokenizer.decode(tokens[:count])
         for tokens, count in zip(batch["completion"], batch["completion_length"], strict=True)
     ]
-    return Prompts([texts[i] for i in encoded.index], batch, answers)
+    for place, text in zip(encoded.index, answers, strict=True):
+        if not text:
+            encoded.refused[place] = f"prompt {place}: the model's completion is empty"
+    for reason in encoded.refused.values():
+        print(f"left out: {reason}")
+    kept = np.flatnonzero([bool(text) for text in answers])
+    return Prompts([texts[i] for i in encoded.index], batch, answers).take(kept)
 
 
 def fired(prompts: Prompts) -> np.ndarray:

@@ -212,6 +212,24 @@ def test_smollm2_knows_the_capital_of_france():
     assert prompts.answers == ["The capital of France is Paris."]
 
 
+def test_an_empty_completion_is_told_and_the_others_kept(tmp_path, monkeypatch, capsys):
+    def silent_first(model, batch, **options):
+        done = np.full((2, 3), 65, np.int32)
+        done[0, 0] = 1
+        return batch | {"completion": done, "completion_length": np.array([1, 3], np.int32)}
+
+    monkeypatch.setattr(language_models, "complete", silent_first)
+    tokenizer = ChatTokenizer.from_files(files(tmp_path))
+    prompts = language_models.answer(None, tokenizer, ["fox", 7, "dog"], 3, 64)  # pyright: ignore[reportArgumentType]
+    assert prompts.texts == ["dog"]
+    assert prompts.batch["completion_length"].tolist() == [3]
+    told = capsys.readouterr().out
+    assert "left out: prompt 1: wanted text, got 7" in told
+    assert "left out: prompt 0: the model's completion is empty" in told
+    with pytest.raises(ValueError, match="prompts: none of 1 can be used; prompt 0: wanted text"):
+        language_models.answer(None, tokenizer, [7], 3, 64)  # pyright: ignore[reportArgumentType]
+
+
 def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     small = dataclasses.replace(CONFIG, vocab_size=2048, context=64, size=48, hidden_size=64, head_size=12)
     monkeypatch.setattr(language_models, "_TINY", small)
