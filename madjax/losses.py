@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
+from unittest import mock
 
 import flax.linen
 import jax
@@ -22,6 +24,9 @@ import optax
 from flax import nnx
 
 from madjax.types import Batch, Params
+
+# told the path of a submodule as its parameters have it (`block1/layers/0/conv`), the submodule, input and output
+Watch = Callable[[str, Any, Any, Any], None]
 
 
 class Network(Protocol):
@@ -33,6 +38,10 @@ class Network(Protocol):
 
     def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
         """Logits under the batch's own statistics, and parameters with the running statistics one step on."""
+        ...
+
+    def apply_watched(self, params: Params, image: jax.Array, watch: Watch) -> jax.Array:
+        """What `apply` returns, while `watch` is told of every call of a submodule."""
         ...
 
     def is_trainable(self, params: Params) -> Any:
@@ -141,6 +150,25 @@ class _NNXModule:
     def apply(self, params: Params, image: jax.Array) -> jax.Array:
         return self._logits(self._merge(params, use_running_average=True), image)
 
+    def apply_watched(self, params: Params, image: jax.Array, watch: Watch) -> jax.Array:
+        model = self._merge(params, use_running_average=True)
+        modules = [(path, module) for path, module in nnx.iter_modules(model) if path and callable(module)]
+        paths = {id(module): "/".join(map(str, path)) for path, module in modules}
+
+        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+            def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+                output = call(self, *args, **kwargs)
+                if id(self) in paths:
+                    watch(paths[id(self)], self, args[0] if args else None, output)
+                return output
+
+            return __call__
+
+        with ExitStack() as patches:  # Python looks calls up in the class
+            for kind in {type(module) for _, module in modules}:
+                patches.enter_context(mock.patch.object(kind, "__call__", watched(kind.__call__)))
+            return self._logits(model, image)
+
     def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
         model = self._merge(params, use_running_average=False)
         logits = self._logits(model, image)
@@ -163,6 +191,16 @@ class _LinenModule:
 
     def apply(self, params: Params, image: jax.Array) -> jax.Array:
         return self.module.apply(params, self._input(image), **dict(self.eval_kwargs))  # pyright: ignore[reportReturnType]
+
+    def apply_watched(self, params: Params, image: jax.Array, watch: Watch) -> jax.Array:
+        def watched(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            output = call(*args, **kwargs)
+            if context.method_name == "__call__" and context.module.path:
+                watch("/".join(context.module.path), context.module, args[0] if args else None, output)
+            return output
+
+        with flax.linen.intercept_methods(watched):
+            return self.apply(params, image)
 
     def apply_train(self, params: Params, image: jax.Array) -> tuple[jax.Array, Params]:
         logits, updated = self.module.apply(

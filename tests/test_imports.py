@@ -17,7 +17,7 @@ RIVER = [
     "prefix", "store", "sweep", "traces", "coupling", "calibration", "standardize", "scorer", "checkpoint", "detector",
     "stopping", "xla_flags",
 ]  # fmt: skip
-WINGS = ("models", "attacks", "data", "interop", "metrics", "report")
+WINGS = ("models", "attacks", "baselines", "data", "interop", "metrics", "report")
 
 
 def _imports(path):

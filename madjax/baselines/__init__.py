@@ -1,0 +1,37 @@
+"""The rivals, all with the Detector's fit and score and the same calibration.
+
+>>> baseline = Baseline.fit(lookup("mahalanobis"), loss_fn, params, {"image": trusted})  # doctest: +SKIP
+>>> baseline.score({"image": images}).p_value  # doctest: +SKIP
+"""
+
+from madjax.baselines import output
+from madjax.baselines.baseline import Baseline, Statistic
+from madjax.baselines.knn import KNN
+from madjax.baselines.mahalanobis import ClassMahalanobis, Mahalanobis, RelativeMahalanobis
+from madjax.baselines.model import Model
+from madjax.baselines.vim import ViM
+
+BASELINES: dict[str, Statistic] = {
+    "msp": output.Output(output.max_softmax),
+    "entropy": output.Output(output.entropy),
+    "energy": output.Output(output.energy),
+    "max_logit": output.Output(output.max_logit),
+    "loss": output.Output(output.loss),
+    "mahalanobis": Mahalanobis(),
+    "relative_mahalanobis": RelativeMahalanobis(),
+    "class_mahalanobis": ClassMahalanobis(),
+    "knn": KNN(),
+    "vim": ViM(),
+}
+
+__all__ = [
+    "BASELINES", "KNN", "Baseline", "ClassMahalanobis", "Mahalanobis", "Model", "RelativeMahalanobis", "Statistic",
+    "ViM", "lookup",
+]  # fmt: skip
+
+
+def lookup(name: str) -> Statistic:
+    """The baseline of that name with its published settings; a ValueError lists the known ones."""
+    if name not in BASELINES:
+        raise ValueError(f"detector: wanted one of {', '.join(BASELINES)}, got {name!r}")
+    return BASELINES[name]

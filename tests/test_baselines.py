@@ -1,0 +1,297 @@
+"""Baselines against independent implementations on the same features, and what all of them share."""
+
+from contextlib import nullcontext
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from sklearn.covariance import OAS, EmpiricalCovariance, ShrunkCovariance
+
+from madjax import calibration, from_linen, from_nnx
+from madjax.baselines import BASELINES, KNN, Baseline, ClassMahalanobis, Mahalanobis, Model, RelativeMahalanobis, ViM
+from madjax.baselines import lookup as baseline_named
+from madjax.baselines import model as model_module
+from madjax.baselines.baseline import cross_fitted, rows
+from madjax.baselines.model import Layers
+from tests.conftest import to_unit
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def observed(count, seed, size=6, num_classes=3, spread=1.0):
+    """Logits and features around class means, float32."""
+    rng = np.random.default_rng(seed)
+    kernel = np.random.default_rng(9).normal(size=(size, num_classes))
+    features = rng.normal(size=(count, size)) * np.linspace(0.5, 2, size) * spread
+    features += 2 * kernel.T[rng.integers(num_classes, size=count)]
+    return {"features": features.astype(np.float32), "logits": (features @ kernel).astype(np.float32)}
+
+
+TRUSTED, TEST = observed(60, 0), observed(25, 1, spread=1.5)
+
+
+def classes_of(values):
+    return values["logits"].argmax(1)
+
+
+# --- reading a model
+
+
+class Mlp(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, image):
+        x = flax.linen.relu(flax.linen.Dense(12, name="first")(image.reshape(len(image), -1)))
+        return flax.linen.Dense(10, name="last")(x)
+
+
+@pytest.fixture(scope="module")
+def images(examples):
+    return examples["image"]
+
+
+@pytest.fixture(scope="module")
+def linen(images):
+    module = Mlp()
+    return module, module.init(jax.random.key(0), to_unit(images[:1]))
+
+
+def test_layers_of_an_nnx_model_are_what_they_compute(digits_model, images):
+    loss_fn, params = digits_model
+    model = Model(loss_fn, params, batch_size=16)
+    before = nnx.Conv.__call__
+    names = ("conv2", "hidden:input", "output:input")
+    read = model.read(Layers(names), images)
+    assert nnx.Conv.__call__ is before  # nothing is left on the classes of the user's model
+    network = nnx.merge(loss_fn.module.graphdef, loss_fn.module.rng_state, params)
+    network.eval()
+    network.set_attributes(use_running_average=True, raise_if_not_found=False)
+    convolved = network.conv2(nnx.relu(network.norm1(network.conv1(to_unit(jnp.asarray(images))))))
+    np.testing.assert_allclose(read["conv2"], convolved.mean((1, 2)), atol=1e-5)
+    np.testing.assert_allclose(read["output:input"], nnx.relu(network.hidden(read["hidden:input"])), atol=1e-5)
+    np.testing.assert_allclose(read["logits"], network(to_unit(jnp.asarray(images))), atol=1e-5)
+    assert read["logits"].dtype == np.float32
+    assert model.find(None, images) == "output:input"
+    assert model.layers(images)["conv2"] == (8, 8, 32)
+    kernel, bias = model.head_weights(images)
+    np.testing.assert_allclose(read["output:input"] @ kernel + bias, read["logits"], atol=1e-4)
+
+
+def test_layers_of_a_linen_model(linen, images):
+    module, variables = linen
+    model = Model(*from_linen(module, variables, preprocess=to_unit), batch_size=16)
+    read = model.read(Layers(("first", "last:input")), images)
+    weights = jax.tree.map(np.asarray, variables["params"]["first"])
+    flat = images.reshape(len(images), -1) / 255
+    np.testing.assert_allclose(read["first"], flat @ weights["kernel"] + weights["bias"], atol=1e-5)
+    np.testing.assert_allclose(read["last:input"], np.maximum(read["first"], 0), atol=1e-6)
+    assert model.find(None, images) == "last:input"
+    kernel, bias = model.head_weights(images)
+    np.testing.assert_allclose(read["last:input"] @ kernel + bias, read["logits"], atol=1e-4)
+
+
+def test_features_too_large_for_memory_lie_on_disk(digits_model, images, monkeypatch):
+    model = Model(*digits_model, batch_size=16)
+    in_memory = model.read(Layers(("conv2",)), images)
+    monkeypatch.setattr(model_module, "MAX_BYTES_IN_MEMORY", 100)
+    on_disk = model.read(Layers(("conv2",)), images)
+    assert isinstance(on_disk["conv2"], np.memmap)
+    np.testing.assert_array_equal(on_disk["conv2"], in_memory["conv2"])
+
+
+def test_what_cannot_be_read_is_told(digits_model, images):
+    model = Model(*digits_model)
+    with pytest.raises(ValueError, match=r"^layer: the model has no 'conv3'; near are .*conv2"):
+        model.find("conv3", images)
+    with pytest.raises(ValueError, match=r"^loss_fn: wanted one of from_nnx or from_linen"):
+        Model(lambda params, batch: batch, {})
+
+
+def test_a_model_without_a_linear_layer():
+    class Mean(nnx.Module):
+        def __call__(self, image):
+            return image.mean((1, 2))
+
+    model = Model(*from_nnx(Mean(), preprocess=to_unit))
+    with pytest.raises(ValueError, match=r"^layer: the model has no linear layer"):
+        model.find(None, np.zeros((2, 4, 4, 3), np.uint8))
+
+
+# --- statistics, by published formulas re-derived or by scikit-learn
+
+
+def test_output_statistics():
+    """The formulas of pytorch-ood and OpenOOD, one example at a time."""
+    wanted = {name: [] for name in ("msp", "entropy", "energy", "max_logit", "loss")}
+    for row in TEST["logits"].astype(float):
+        p = np.exp(row) / np.exp(row).sum()
+        wanted["msp"].append(-max(p))
+        wanted["entropy"].append(-sum(x * np.log(x) for x in p))
+        wanted["energy"].append(-np.log(sum(np.exp(row))))
+        wanted["max_logit"].append(-max(row))
+        wanted["loss"].append(-np.log(p[np.argmax(row)]))
+    for name, values in wanted.items():
+        np.testing.assert_allclose(BASELINES[name].fit(TRUSTED)(TEST), values, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.0, 0.3])
+def test_mahalanobis_is_scikit_learns(shrinkage):
+    classes = classes_of(TRUSTED)
+    centers = np.stack([TRUSTED["features"][classes == label].mean(0) for label in range(3)])
+    estimator = {None: OAS(), 0.0: EmpiricalCovariance(), 0.3: ShrunkCovariance(shrinkage=0.3)}[shrinkage]
+    estimator.set_params(assume_centered=True).fit(TRUSTED["features"] - centers[classes])
+    wanted = np.min([estimator.mahalanobis(TEST["features"] - center) for center in centers], axis=0)
+    np.testing.assert_allclose(Mahalanobis(shrinkage=shrinkage).fit(TRUSTED)(TEST), wanted, **TOLERANCE)
+    background = estimator.set_params(assume_centered=False).fit(TRUSTED["features"])
+    relative = wanted - background.mahalanobis(TEST["features"])
+    np.testing.assert_allclose(RelativeMahalanobis(shrinkage=shrinkage).fit(TRUSTED)(TEST), relative, **TOLERANCE)
+
+
+def test_class_mahalanobis_is_scikit_learns():
+    # one more class, of which only one trusted example is there
+    trusted, test = observed(60, 0, num_classes=4), observed(25, 1, num_classes=4)
+    classes = classes_of(trusted)
+    kept = np.r_[np.flatnonzero(classes != 3), np.flatnonzero(classes == 3)[:1]]
+    trusted = rows(trusted, kept)
+    classes = classes[kept]
+    models = {label: OAS().fit(trusted["features"][classes == label]) for label in range(3)}
+    wanted = []
+    for features, label in zip(test["features"], classes_of(test), strict=True):
+        chosen = [models[label]] if label in models else models.values()
+        wanted.append(min(model.mahalanobis(features[None])[0] for model in chosen))
+    assert 3 in classes_of(test)
+    with pytest.warns(UserWarning, match=r"trusted: some class: 5 examples for 6 features"):
+        anomaly = ClassMahalanobis().fit(trusted)
+    np.testing.assert_allclose(anomaly(test), wanted, **TOLERANCE)
+
+
+def test_knn_is_a_double_loop():
+    def unit(x):
+        return x / np.linalg.norm(x)
+
+    wanted = [
+        sorted(np.linalg.norm(unit(x) - unit(y)) for y in TRUSTED["features"])[4] for x in TEST["features"]
+    ]  # fmt: skip
+    np.testing.assert_allclose(KNN(k=5).fit(TRUSTED)(TEST), wanted, **TOLERANCE)
+    farthest = [max(np.linalg.norm(unit(x) - unit(y)) for y in TRUSTED["features"]) for x in TEST["features"]]
+    np.testing.assert_allclose(KNN(k=500).fit(TRUSTED)(TEST), farthest, **TOLERANCE)
+
+
+def test_vim_is_openoods():
+    """OpenOOD's vim_postprocessor in NumPy and scikit-learn."""
+    covariance = EmpiricalCovariance(assume_centered=True).fit(TRUSTED["features"].astype(float)).covariance_
+    values, vectors = np.linalg.eig(covariance)
+    rest = vectors[:, np.argsort(-values)[2:]]
+    alpha = TRUSTED["logits"].max(1).mean() / np.linalg.norm(TRUSTED["features"] @ rest, axis=1).mean()
+    virtual = alpha * np.linalg.norm(TEST["features"] @ rest, axis=1)
+    wanted = virtual - np.log(np.exp(TEST["logits"].astype(float)).sum(1))
+    np.testing.assert_allclose(ViM(num_dimensions=2).fit(TRUSTED)(TEST), wanted, **TOLERANCE)
+
+
+def test_vim_starts_where_the_head_is_zero(linen, images):
+    model = Model(*from_linen(*linen, preprocess=to_unit))
+    found = ViM().observe(model, images, images)
+    kernel, bias = model.head_weights(images)
+    origin = model.read(Layers(("last:input",)), images)["last:input"] - found["features"]
+    # of 12 features and 10 outputs there is a point where all outputs are zero
+    np.testing.assert_allclose(origin @ kernel + bias, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "relative_mahalanobis", "class_mahalanobis", "knn", "vim"])
+def test_constant_features_are_refused(name):
+    constant = {**TRUSTED, "features": np.full_like(TRUSTED["features"], 0.1)}
+    with pytest.raises(ValueError, match=r"constant|differ"):
+        baseline_named(name).fit(constant)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "relative_mahalanobis", "class_mahalanobis", "knn", "vim"])
+def test_some_constant_features_are_not(name):
+    trusted, test = (dict(values) for values in (TRUSTED, TEST))
+    for values in (trusted, test):
+        values["features"] = np.concatenate([values["features"], np.full((len(values["features"]), 3), 2.0)], axis=1)
+    with pytest.warns() if name == "class_mahalanobis" else nullcontext():
+        anomaly = baseline_named(name).fit(trusted)
+    assert np.isfinite(anomaly(test)).all()
+
+
+def test_fewer_examples_than_features_are_shrunk_and_told():
+    trusted = observed(40, 0, size=50)
+    with pytest.warns(UserWarning, match=r"40 examples for 50 features; their covariance is shrunk"):
+        anomaly = Mahalanobis().fit(trusted)
+    assert np.isfinite(anomaly(observed(20, 1, size=50))).all()
+    with pytest.warns(UserWarning, match=r"40 examples for a subspace of 25 dimensions; it gets 20"):
+        ViM().fit(trusted)
+
+
+# --- what all share
+
+
+def test_a_trusted_example_is_scored_by_others():
+    found = cross_fitted(Mahalanobis(), TRUSTED, num_folds=60)
+    for index in (0, 17):
+        others = np.arange(60) != index
+        anomaly = Mahalanobis().fit(rows(TRUSTED, others))
+        np.testing.assert_allclose(found[index], anomaly(rows(TRUSTED, [index]))[0])
+    assert found.mean() > 1.1 * Mahalanobis().fit(TRUSTED)(TRUSTED).mean()
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_every_baseline_fits_and_scores(name, digits_model, images):
+    loss_fn, params = digits_model
+    statistic = baseline_named(name)
+    with pytest.warns() if "mahalanobis" in name or name == "vim" else nullcontext():
+        baseline = Baseline.fit(statistic, loss_fn, params, {"image": images[:24]}, fpr=0.2)
+    scores = baseline.score({"image": images[24:]})
+    again = baseline.score({"image": images[24:][::-1]})
+    np.testing.assert_allclose(scores.anomaly_score, again.anomaly_score[::-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(scores.prediction, loss_fn.label(params, {"image": images[24:]})["label"])
+    wanted = calibration.p_values(-baseline.trusted_scores, -scores.anomaly_score)
+    np.testing.assert_array_equal(scores.p_value, wanted)
+    np.testing.assert_array_equal(scores.flagged, wanted <= 0.2)
+    assert scores.nearest.shape == (13, 0)
+    assert statistic.forwards >= 1
+
+
+def test_classes_may_be_calibrated_apart(digits_model, images):
+    baseline = Baseline.fit(baseline_named("msp"), *digits_model, {"image": images}, per_class=True)
+    scores = baseline.score({"image": images})
+    for label in np.unique(scores.prediction):
+        own = scores.prediction == label
+        wanted = calibration.p_values(-baseline.trusted_scores[own], -scores.anomaly_score[own])
+        np.testing.assert_array_equal(scores.p_value[own], wanted)
+
+
+def test_the_false_positive_rate_holds():
+    """Over many trusted sets, of which each has fewer than ten examples a feature."""
+    flagged = []
+    for seed in range(40):
+        both = observed(90, seed, size=10)
+        trusted, test = rows(both, slice(0, 60)), rows(both, slice(60, 90))
+        p = calibration.p_values(-cross_fitted(Mahalanobis(), trusted), -Mahalanobis().fit(trusted)(test))
+        flagged.append((p <= 0.1).mean())
+    assert 0.07 < np.mean(flagged) < 0.13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trusted": {"image": np.zeros((1, 8, 8, 1), np.uint8)}}, "trusted: wanted a few hundred examples, got 1"),
+        ({"fpr": 2}, "fpr: wanted a rate between 0 and 1, got 2"),
+        ({"statistic": Mahalanobis(layer="conv9")}, "layer: the model has no 'conv9'; near are"),
+    ],
+)
+def test_bad_input(change, message, digits_model, images):
+    loss_fn, params = digits_model
+    given = {"statistic": baseline_named("msp"), "trusted": {"image": images}} | change
+    with pytest.raises(ValueError, match=message):
+        Baseline.fit(loss_fn=loss_fn, params=params, **given)
+
+
+def test_other_shapes_and_names_are_refused(digits_model, images):
+    baseline = Baseline.fit(baseline_named("msp"), *digits_model, {"image": images})
+    with pytest.raises(ValueError, match=r"^examples/image: wanted shape \[n, 8, 8, 1\] as in trusted"):
+        baseline.score({"image": images[:, :4]})
+    with pytest.raises(ValueError, match=r"^detector: wanted one of msp, .*, got 'mps'"):
+        baseline_named("mps")
