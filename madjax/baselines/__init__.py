@@ -6,9 +6,14 @@
 
 from madjax.baselines import output
 from madjax.baselines.baseline import Baseline, Statistic
+from madjax.baselines.gram import Beatrix, Gram
 from madjax.baselines.knn import KNN
 from madjax.baselines.mahalanobis import ClassMahalanobis, Mahalanobis, RelativeMahalanobis
 from madjax.baselines.model import Model
+from madjax.baselines.outliers import LOF, Isolation
+from madjax.baselines.spectral import QuantumEntropy, Spectral
+from madjax.baselines.ted import TED
+from madjax.baselines.vae import VAE
 from madjax.baselines.vim import ViM
 
 BASELINES: dict[str, Statistic] = {
@@ -22,11 +27,19 @@ BASELINES: dict[str, Statistic] = {
     "class_mahalanobis": ClassMahalanobis(),
     "knn": KNN(),
     "vim": ViM(),
+    "gram": Gram(),
+    "beatrix": Beatrix(),
+    "ted": TED(),
+    "spectral": Spectral(),
+    "quantum_entropy": QuantumEntropy(),
+    "lof": LOF(),
+    "isolation_forest": Isolation(),
+    "vae": VAE(),
 }
 
 __all__ = [
-    "BASELINES", "KNN", "Baseline", "ClassMahalanobis", "Mahalanobis", "Model", "RelativeMahalanobis", "Statistic",
-    "ViM", "lookup",
+    "BASELINES", "KNN", "LOF", "TED", "VAE", "Baseline", "Beatrix", "ClassMahalanobis", "Gram", "Isolation",
+    "Mahalanobis", "Model", "QuantumEntropy", "RelativeMahalanobis", "Spectral", "Statistic", "ViM", "lookup",
 ]  # fmt: skip
 
 

@@ -48,6 +48,18 @@ class Statistic:
         raise NotImplementedError
 
 
+class Transductive(Statistic):
+    """A rival that looks at all examples at once: what it finds of one depends on those beside it."""
+
+    def given(self, pool: Observed) -> Statistic:
+        """The statistic for the trusted examples and those to be scored, observed together as `pool`."""
+        raise NotImplementedError
+
+    def fit(self, trusted: Observed) -> Anomaly:
+        """The anomaly score, where nothing but trusted examples was seen."""
+        return self.given(trusted).fit(trusted)
+
+
 @dataclasses.dataclass(frozen=True)
 class Baseline:
     """A statistic, fitted and calibrated.
@@ -110,9 +122,14 @@ class Baseline:
         check_examples(examples, "examples")
         check_shapes({"image": examples["image"]}, {"image": list(self.trusted_images.shape[1:])})
         observed = self.statistic.observe(self.model, np.asarray(examples["image"]), self.trusted_images)
-        scores, classes = in_blocks(self.anomaly, observed), predicted(observed)
+        trusted_scores, anomaly = self.trusted_scores, self.anomaly
+        if isinstance(self.statistic, Transductive):
+            # all are in the pool, so that a benign example is like a trusted one
+            statistic = self.statistic.given(jax.tree.map(_joined, self.trusted, observed))
+            trusted_scores, anomaly = cross_fitted(statistic, self.trusted), _quietly(statistic.fit, self.trusted)
+        scores, classes = in_blocks(anomaly, observed), predicted(observed)
         p_value = calibration.p_values(
-            -self.trusted_scores,
+            -trusted_scores,
             -scores,
             trusted_classes=predicted(self.trusted) if self.per_class else None,
             classes=classes if self.per_class else None,
@@ -125,11 +142,16 @@ def cross_fitted(statistic: Statistic, trusted: Observed, num_folds: int = 10) -
     count = num_examples(trusted)
     folds, result = np.arange(count) % min(count, num_folds), np.empty(count)
     for fold in range(folds.max() + 1):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the fit on all trusted examples has told already
-            anomaly = statistic.fit(rows(trusted, folds != fold))
+        anomaly = _quietly(statistic.fit, rows(trusted, folds != fold))
         result[folds == fold] = in_blocks(anomaly, rows(trusted, folds == fold))
     return result
+
+
+def _quietly(fit: Callable[[Observed], Anomaly], trusted: Observed) -> Anomaly:
+    """A further fit, of whose warnings the first has told already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit(trusted)
 
 
 def in_blocks(anomaly: Anomaly, observed: Observed) -> np.ndarray:
@@ -147,6 +169,10 @@ def in_blocks(anomaly: Anomaly, observed: Observed) -> np.ndarray:
 def rows(observed: Observed, index: Any) -> Observed:
     """What was observed of some examples."""
     return jax.tree.map(lambda array: array[index], observed)
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.concatenate([first, second])
 
 
 def predicted(observed: Observed) -> np.ndarray:

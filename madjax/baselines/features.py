@@ -89,6 +89,12 @@ def tell_shrinkage(count: int, size: int, who: str = "trusted") -> None:
         warnings.warn(text, stacklevel=4)
 
 
+def check_varies(features: np.ndarray) -> None:
+    """Raises ValueError where all trusted examples have the same features."""
+    if not (features != features[:1]).any():
+        raise ValueError("layer: its features are constant over the trusted examples, wanted ones that vary")
+
+
 def numbered(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes there are, and the place of each example's class among them."""
     return np.unique(classes, return_inverse=True)

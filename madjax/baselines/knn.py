@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
 from madjax.baselines.baseline import Anomaly, Observed
-from madjax.baselines.features import OfFeatures
+from madjax.baselines.features import OfFeatures, check_varies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,7 @@ class KNN(OfFeatures):
         """
         if self.k < 1:
             raise ValueError(f"k: wanted at least 1, got {self.k}")
-        if not np.ptp(trusted["features"], axis=0).any():
-            raise ValueError("layer: its features are constant over the trusted examples, wanted ones that vary")
+        check_varies(trusted["features"])
         reference = unit(trusted["features"])
         neighbours = NearestNeighbors(n_neighbors=min(self.k, len(reference)), algorithm="brute").fit(reference)
         return lambda observed: neighbours.kneighbors(unit(observed["features"]))[0][:, -1]

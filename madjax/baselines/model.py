@@ -72,6 +72,10 @@ class Model:
         """The shape, for one image, of what can be read by path, in the order of the calls."""
         return self._shapes(images)[0]
 
+    def outputs(self, images: np.ndarray) -> tuple[str, ...]:
+        """The layers whose output can be read."""
+        return tuple(name for name in self.layers(images) if not name.endswith(":input"))
+
     def head(self, images: np.ndarray) -> str:
         """The path of the last linear layer.
 
