@@ -6,7 +6,10 @@
 
 from madjax.baselines import output
 from madjax.baselines.baseline import Baseline, Statistic
+from madjax.baselines.gradient import GradientCosine, GradientNorm
 from madjax.baselines.gram import Beatrix, Gram
+from madjax.baselines.influence import Influence
+from madjax.baselines.inputs import STRIP, ScaleUp, TeCo
 from madjax.baselines.knn import KNN
 from madjax.baselines.mahalanobis import ClassMahalanobis, Mahalanobis, RelativeMahalanobis
 from madjax.baselines.model import Model
@@ -35,11 +38,20 @@ BASELINES: dict[str, Statistic] = {
     "lof": LOF(),
     "isolation_forest": Isolation(),
     "vae": VAE(),
+    "strip": STRIP(),
+    "teco": TeCo(),
+    "scale_up": ScaleUp(),
+    "gradient_norm_last": GradientNorm(last_layer=True),
+    "gradient_norm": GradientNorm(),
+    "gradient_cosine_last": GradientCosine(last_layer=True),
+    "gradient_cosine": GradientCosine(),
+    "influence": Influence(),
 }
 
 __all__ = [
-    "BASELINES", "KNN", "LOF", "TED", "VAE", "Baseline", "Beatrix", "ClassMahalanobis", "Gram", "Isolation",
-    "Mahalanobis", "Model", "QuantumEntropy", "RelativeMahalanobis", "Spectral", "Statistic", "ViM", "lookup",
+    "BASELINES", "KNN", "LOF", "STRIP", "TED", "VAE", "Baseline", "Beatrix", "ClassMahalanobis", "GradientCosine",
+    "GradientNorm", "Gram", "Influence", "Isolation", "Mahalanobis", "Model", "QuantumEntropy", "RelativeMahalanobis",
+    "ScaleUp", "Spectral", "Statistic", "TeCo", "ViM", "lookup",
 ]  # fmt: skip
 
 
