@@ -5,6 +5,7 @@ r"""Backdoors: tells triggered inputs from benign ones, on models trained on the
     python -m experiments.backdoor --checkpoint=runs/wanet/model                   # of experiments.train_backdoor
     python -m experiments.backdoor --checkpoint=weights.pth --model=resnet20 --dataset=cifar10 --attack=badnet
     python -m experiments.backdoor --backdoorbench=record/badnet_0_1
+    python -m experiments.backdoor --detector=functional,mahalanobis,strip         # with rivals in the same table
 
 Unless it is given a checkpoint, it trains a model for every attack and seed, with a tenth of the training images
 poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself; weights must have been trained with
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, hosts, report
+from madjax import Scores, calibration, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.data import parse_normalization
 from madjax.store import changed
@@ -41,6 +42,7 @@ common.define_list(
 )
 common.define_seeds()
 common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
+common.define_detectors()
 flags.DEFINE_string("checkpoint", None, "A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 common.define_checked(
     "normalization", None, parse_normalization, "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
@@ -49,7 +51,8 @@ flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, wi
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()
 
-_OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "checkpoint", "normalization", "backdoorbench"]
+_OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "detector"]
+_OWN_FLAGS += ["checkpoint", "normalization", "backdoorbench"]
 
 
 def main() -> None:
@@ -140,7 +143,8 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     test = cases.make_test_set(case, name, seed)
     counted = test.counted
     rows, shown, folder = [], False, workdir / "cells" / f"{name}-{seed}"
-    for settings in map(common.settings_from_flags, values.preset):
+    has_ours = common.FUNCTIONAL in values.detector
+    for settings in map(common.settings_from_flags, values.preset if has_ours else []):
         start = time.perf_counter()
         detector = common.fit_detector(
             settings, seed, case.loss_fn, case.params, test.trusted, test.sampling, {"image": test.images},
@@ -162,23 +166,32 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
         ]  # fmt: skip
         if not shown and hosts.is_first():
             shown = True
-            _show(folder, name, seed, test, detector, losses, named_scores)
+            _show(folder, name, seed, test, named_scores, -detector.threshold())
+            coupling, first = next(iter(named_scores.items()))
+            title = f"{name}, seed {seed}, {coupling}"
+            report.plot_couplings(folder / "couplings.png", detector.scorer, losses, first, test.is_anomalous, title)
             if len(counted.anomalous):
                 clean = pool.images[counted.anomalous[:8]]
                 report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
+    for detector_name in (one for one in values.detector if one != common.FUNCTIONAL):
+        start = time.perf_counter()
+        baseline = common.fit_baseline(detector_name, case.loss_fn, case.params, test.trusted)
+        scores = baseline.score({"image": test.images})
+        rows.append(
+            common.baseline_row(
+                name, seed, detector_name, baseline, scores, test.is_anomalous,
+                accuracy=counted.accuracy, asr=counted.asr, seconds=time.perf_counter() - start,
+            )
+        )  # fmt: skip
+        if not shown and hosts.is_first():
+            shown = True
+            threshold = -calibration.threshold(-baseline.trusted_scores, values.fpr)
+            _show(folder, name, seed, test, {detector_name: scores}, threshold)
     return rows
 
 
-def _show(
-    folder: Path,
-    name: str,
-    seed: int,
-    test: TestSet,
-    detector: Detector,
-    losses: np.ndarray,
-    named_scores: dict[str, Any],
-) -> None:
-    """Pictures and scores of one cell."""
+def _show(folder: Path, name: str, seed: int, test: TestSet, named_scores: dict[str, Scores], threshold: float) -> None:
+    """Pictures and scores of one cell, of the first of the scores that are named."""
     folder.mkdir(parents=True, exist_ok=True)
     coupling, first = next(iter(named_scores.items()))
     title = f"{name}, seed {seed}, {coupling}"
@@ -188,8 +201,7 @@ def _show(
     ids = [f"{name}-{seed}/{kind}-{index}" for kind, index in zip(kinds, sources, strict=True)]
     trusted_ids = [f"test-{index}" for index in counted.trusted]
     report.write_scores(folder / "scores.csv", ids, first, is_anomalous, trusted_ids)
-    report.plot_histogram(folder / "histogram.png", first, is_anomalous, -detector.threshold(), title)
-    report.plot_couplings(folder / "couplings.png", detector.scorer, losses, first, is_anomalous, title)
+    report.plot_histogram(folder / "histogram.png", first, is_anomalous, threshold, title)
     report.plot_flagged(folder / "flagged.png", images, first, is_anomalous, title)
     if is_anomalous.any():
         report.plot_roc(folder / "roc.png", named_scores, is_anomalous, f"{name}, seed {seed}")

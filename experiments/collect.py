@@ -104,6 +104,8 @@ def _plot(path: Path, flag: str, values: list[str], rows: list[dict[str, Any]]) 
 
 
 def _kind(row: dict[str, Any]) -> str:
+    if row.get("detector", "functional") != "functional":
+        return row["detector"]
     return " ".join(row[key] for key in ("preset", "sampler", "coupling") if row.get(key))
 
 

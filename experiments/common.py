@@ -22,7 +22,8 @@ from absl import app, flags, logging
 from flax import nnx
 
 from experiments.cases import Recipe
-from madjax import Detector, from_nnx, hosts
+from madjax import Detector, baselines, from_nnx, hosts
+from madjax.baselines import BASELINES, Baseline
 from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS, DEFAULT
 from madjax.data.images import FILES
@@ -162,6 +163,26 @@ def _check_chains(values: dict[str, Any]) -> bool:
     return True
 
 
+# the detector of this package, beside the names of its rivals
+FUNCTIONAL = "functional"
+
+
+def define_detectors() -> None:
+    """The flag `detector`, a list."""
+    define_list(
+        "detector", [FUNCTIONAL], [FUNCTIONAL, *BASELINES], "Detectors: ours and baselines, which have no other flags."
+    )
+
+
+def fit_baseline(name: str, loss_fn: Any, params: Any, trusted: dict[str, Any]) -> Baseline:
+    """A baseline with its published settings, and the flags of calibration; see `Baseline.fit`."""
+    values = flags.FLAGS
+    return Baseline.fit(
+        baselines.lookup(name), loss_fn, params, trusted, fpr=values.fpr, per_class=values.per_class,
+        batch_size=values.batch_size,
+    )  # fmt: skip
+
+
 PAPER = {
     "sampler": "rmsprop_sgld", "num_draws": 1750, "step_size": 1e-6, "nbeta": 100.0, "localization": 1e4,
     "num_chains": 1, "num_burnin_steps": 250, "num_steps_between_draws": 1, "drift": True, "parameters": None,
@@ -248,8 +269,10 @@ def result_row(
 ) -> dict[str, Any]:
     """A row of results.json: the figures of one coupling, and what they were reached with; see `detection_row`."""
     num_draws, num_trusted = detector.scorer.trusted.shape
+    sample_forwards = detector.sample_forwards + num_draws * len(is_anomalous)
     return {
         "attack": attack,
+        "detector": FUNCTIONAL,
         "preset": settings.preset,
         "sampler": settings.sampler,
         "coupling": coupling,
@@ -257,9 +280,45 @@ def result_row(
         **detection_row(scores, is_anomalous, accuracy, asr, detector.fpr),
         "num_draws": num_draws,
         **_mixing(detector, settings.perturbation),
-        "sample_forwards": detector.sample_forwards + num_draws * len(is_anomalous),
+        "sample_forwards": sample_forwards,
         "sweep_seconds": sweep_seconds,
+        "seconds": sweep_seconds,
+        "forwards_per_example": sample_forwards / (num_trusted + len(is_anomalous)),
         "scale": detector.scale,
+        "num_trusted": num_trusted,
+        "num_benign": int((~is_anomalous).sum()),
+        "num_anomalous": int(is_anomalous.sum()),
+    }
+
+
+def baseline_row(
+    attack: str,
+    seed: int,
+    name: str,
+    baseline: Baseline,
+    scores: Scores,
+    is_anomalous: np.ndarray,
+    *,
+    accuracy: float,
+    asr: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """The same of a baseline, which has no draws."""
+    num_trusted, forwards = len(baseline.trusted_scores), baseline.statistic.forwards
+    return {
+        "attack": attack,
+        "detector": name,
+        "preset": "",
+        "sampler": "-",
+        "coupling": "-",
+        "seed": seed,
+        **detection_row(scores, is_anomalous, accuracy, asr, baseline.fpr),
+        "num_draws": 0,
+        "sample_forwards": forwards * (num_trusted + len(is_anomalous)),
+        "sweep_seconds": seconds,
+        "seconds": seconds,
+        "forwards_per_example": float(forwards),
+        "scale": None,
         "num_trusted": num_trusted,
         "num_benign": int((~is_anomalous).sum()),
         "num_anomalous": int(is_anomalous.sum()),

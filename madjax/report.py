@@ -95,12 +95,15 @@ def write_scores(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `results.json` as text, one line each; the preset is told where there are several."""
-    several = len({row.get("preset") for row in rows}) > 1
+    """The rows of `results.json` as text, one line each; preset and detector are told where there are several."""
+    several = len({row.get("preset") for row in rows if row.get("preset") != ""}) > 1
+    rivals = len({row.get("detector") for row in rows}) > 1
     preset = f"{'preset':<8}" if several else ""
-    head = f"{'attack':<11} {preset}{'sampler':<12} {'coupling':<17} {'seed':>4} "
+    detector = f"{'detector':<21}" if rivals else ""
+    head = f"{'attack':<11} {detector}{preset}{'sampler':<12} {'coupling':<17} {'seed':>4} "
     head += f"{'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} {'AP':>6} "
     head += f"{'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
+    head += f" {'forwards':>8}" if rivals else ""
     lines = [head, "-" * len(head)]
     for row in rows:
         recall = row["recall_at_fpr"]
@@ -110,8 +113,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         widths = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
         cells = " ".join(_cell(figure, width) for figure, width in zip(figures, widths, strict=True))
         preset = f"{row.get('preset') or '':<8}" if several else ""
-        name = f"{row['attack']:<11} {preset}{row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
-        lines.append(f"{name} {cells} {row['num_draws']:>5} {row['sweep_seconds']:>7.1f}")
+        detector = f"{row.get('detector') or '':<21}" if rivals else ""
+        name = f"{row['attack']:<11} {detector}{preset}{row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
+        cost = f"{row['num_draws']:>5} {row['sweep_seconds']:>7.1f}"
+        cost += f" {row['forwards_per_example']:>8.1f}" if rivals else ""
+        lines.append(f"{name} {cells} {cost}")
     return "\n".join(lines)
 
 
@@ -139,9 +145,9 @@ def _cell(figure: float, width: int) -> str:
     return f"{figure:>{width}.3f}"
 
 
-def kind(row: dict[str, Any]) -> tuple[str | None, str, str]:
-    """What rows have in common that may be averaged: preset, where there is one, sampler and coupling."""
-    return row.get("preset"), row["sampler"], row["coupling"]
+def kind(row: dict[str, Any]) -> tuple[str | None, str | None, str, str]:
+    """What rows have in common that may be averaged: preset and detector, where told, sampler and coupling."""
+    return row.get("preset"), row.get("detector"), row["sampler"], row["coupling"]
 
 
 def average_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 import json
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
@@ -55,6 +57,51 @@ def test_bench_shortcuts(here):
     assert 0 <= row["changed_stopping"] <= 1
     assert row["correlation_bfloat16"] > 0.98
     assert row["largest_difference_bfloat16"] > 0  # it was computed otherwise
+
+
+def test_bench_detectors(here, tmp_path):
+    small = ["--attack=badnet", "--num_draws=32", "--num_examples=30", "--layout=host"]
+    small += ["--detector=functional,knn,scale_up", f"--workdir={tmp_path}"]
+    out = here("bench_detectors", *small)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["detector"], row["num_draws"]) for row in result["rows"]] == [
+        ("functional", 32), ("functional", 8), ("knn", 0), ("scale_up", 0)
+    ]  # fmt: skip
+    many, few, knn, scale_up = (row["forwards_per_example"] for row in result["rows"])
+    assert (many - few, knn, scale_up) == (24, 1, 6)
+    assert (tmp_path / "detectors.png").stat().st_size > 5000
+    aurocs = [row["auroc"] for row in result["means"]]
+    assert aurocs == sorted(aurocs, reverse=True)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert here("bench_detectors", *small).splitlines() == out.splitlines()[-5:]  # nothing is done again
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_bench_influence(here, tmp_path):
+    small = ["--num_train=30", "--num_test=5", "--num_subsets=5", "--num_draws=8", f"--workdir={tmp_path}"]
+    here("bench_influence", *small)
+    rows = {row["attribution"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    # to first order influence functions are the effect of leaving one out
+    assert rows["influence, exact"]["loo"] > 0.9
+    assert rows["gradients"]["loo"] < rows["influence, exact"]["loo"]
+
+
+def test_retraining_reaches_the_optimum(driver):
+    bench = driver("bench_influence")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)), np.arange(40) % 10
+    weights = bench.fit(x, y, 0.1)
+    model = LogisticRegression(C=1 / (0.1 * 40), fit_intercept=False, tol=1e-10, max_iter=1000).fit(x, y)
+    np.testing.assert_allclose(weights, model.coef_.T, atol=1e-5)
+    weights = rng.normal(size=(3, 10))
+
+    def objective(weights):
+        return bench.losses(weights, x, y).mean() + 0.05 * np.square(weights).sum()
+
+    step = rng.normal(size=(3, 10))
+    second = (objective(weights + 1e-3 * step) + objective(weights - 1e-3 * step) - 2 * objective(weights)) / 1e-6
+    found = step.ravel() @ bench.hessian(weights, x, 0.1) @ step.ravel()
+    np.testing.assert_allclose(found, second, rtol=1e-4)
 
 
 def test_bench_roofline(here, tmp_path):

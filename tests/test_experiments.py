@@ -73,6 +73,36 @@ def test_backdoor_writes_what_it_says(finished):
     assert "5.00% wanted" in done.stdout
 
 
+def test_backdoor_with_rivals(here, tmp_path):
+    rivals = ["mahalanobis", "strip", "gradient_cosine_last"]
+    given = ["--coupling=topk_ccc", *SMALL]
+    out = here(
+        "backdoor", f"--workdir={tmp_path}/both", f"--detector=functional,{','.join(rivals)}", "--attack=badnet", *given
+    )
+    rows = json.loads((tmp_path / "both" / "results.json").read_text())["rows"]
+    assert [row["detector"] for row in rows] == ["functional", *rivals]
+    ours, mahalanobis, strip, cosine = rows
+    assert ours.keys() == mahalanobis.keys()
+    assert 8 < ours["forwards_per_example"] < 40  # draws, and the choice of their scale
+    assert (mahalanobis["forwards_per_example"], strip["forwards_per_example"]) == (1, 101)
+    assert cosine["seconds"] > 0
+    # a rival that is made weak would flatter us
+    assert min(mahalanobis["auroc"], strip["auroc"]) > 0.9
+    averages = [line.split() for line in out.splitlines() if line.startswith("average")]
+    assert [line[1] for line in averages] == ["functional", *rivals]
+    assert averages[2][-1] == "101.0"
+    # without ours, the first rival is shown
+    here(
+        "backdoor",
+        f"--workdir={tmp_path}/one",
+        "--detector=mahalanobis",
+        f"--checkpoint={tmp_path}/both/models/badnet-0",
+    )
+    assert json.loads((tmp_path / "one" / "results.json").read_text())["rows"][0]["auroc"] == mahalanobis["auroc"]
+    with (tmp_path / "one" / "scores.csv").open() as file:
+        assert "nearest_1" not in csv.DictReader(file).fieldnames
+
+
 def test_backdoor_resumes_and_refuses_other_flags(finished, here, driver, complaint):
     workdir, before = finished
     with (workdir / "metrics.jsonl").open("a") as file:
@@ -139,6 +169,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, argum
         (["--scale=-1"], "wanted a positive number, got -1"),
         (["--learning_rate=inf"], "wanted a positive number, got inf"),
         (["--normalization=red"], "normalization: got 'red'"),
+        (["--detector=energetic"], "wanted some of functional, msp, .*, each once, got 'energetic'"),
         (["--seed=1,01"], "wanted numbers from 0 on, each once"),
         (["--attack=sig,sig"], "each once, got 'sig', 'sig'"),
         (["--sampler=sgld", "--num_draws=9", "--num_chains=2"], "wanted a multiple of 2 draws, got 9"),
