@@ -145,20 +145,21 @@ def _plot(path: Path, means: list[dict[str, Any]]) -> None:
             if row["detector"] != common.FUNCTIONAL:
                 by_cost.setdefault(row["forwards_per_example"], []).append(row)
         low, high = min(row[name] for row in means), max(row[name] for row in means)
-        least = (high - low) / 30
+        least, lowest = (high - low) / 38, low
         for cost, column in by_cost.items():
             height = np.inf
             for row in sorted(column, key=lambda r: -r[name]):
                 height = min(height - least, row[name])
+                lowest = min(lowest, height)
                 axes.plot(cost, row[name], "o", color="#4477aa", markersize=5)
                 axes.annotate(
-                    row["detector"], (cost, row[name]), (cost * 1.12, height), fontsize=7, va="center",
+                    row["detector"], (cost, row[name]), (cost * 1.12, height), fontsize=6, va="center",
                     arrowprops={"arrowstyle": "-", "linewidth": 0.3},
                 )  # fmt: skip
-        axes.set(xscale="log", xlabel="forward passes an example")
+        axes.set(xscale="log", xlabel="forward passes an example", ylim=(lowest - 2 * least, high + 2 * least))
         axes.set_ylabel({"auroc": "AUROC"}.get(name, "recall at 1 % false positives"))
         axes.grid(alpha=0.3)
-    grid[0].legend(loc="lower right", fontsize=8)
+    grid[0].legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
