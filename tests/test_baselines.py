@@ -214,7 +214,9 @@ def test_vim_is_openoods():
 
 
 def test_vim_starts_where_the_head_is_zero(linen, images):
-    model = Model(*from_linen(*linen, preprocess=to_unit))
+    module, variables = linen
+    biased = jax.tree.map(lambda leaf: leaf + 0.3, variables)  # biases start at zero
+    model = Model(*from_linen(module, biased, preprocess=to_unit))
     found = ViM().observe(model, images, images)
     kernel, bias = model.head_weights(images)
     origin = model.read(Layers(("last:input",)), images)["last:input"] - found["features"]
