@@ -20,7 +20,6 @@ with the same --workdir resumes: a training after its last whole epoch, a sweep 
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -60,14 +59,13 @@ def main() -> None:
     values = flags.FLAGS
     names = [*_OWN_FLAGS, *common.detection_flag_names()]
     workdir, config = common.open_workdir(values.workdir, names, _told())
-    done = _finished(workdir)
+    done = common.finished(workdir)
     cells = [(attack, int(seed)) for seed in config["seed"] for attack in config["attack"]]
     for attack, seed in tqdm(cells, desc="cells", unit="cell"):
         if f"{attack}-{seed}" not in done:
             rows = _run_cell(attack, seed, workdir)
             if hosts.is_first():
-                with (workdir / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"cell": f"{attack}-{seed}", "rows": rows}) + "\n")
+                common.append_line(workdir, f"{attack}-{seed}", rows)
             done[f"{attack}-{seed}"] = rows
     if not hosts.is_first():
         return
@@ -205,18 +203,6 @@ def _show(folder: Path, name: str, seed: int, test: TestSet, named_scores: dict[
     report.plot_flagged(folder / "flagged.png", images, first, is_anomalous, title)
     if is_anomalous.any():
         report.plot_roc(folder / "roc.png", named_scores, is_anomalous, f"{name}, seed {seed}")
-
-
-def _finished(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the cells that an earlier run finished; a line cut off in the middle does not count."""
-    path, done = workdir / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            cell = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        done[cell["cell"]] = cell["rows"]
-    return done
 
 
 def _join_scores(workdir: Path, names: list[str]) -> None:

@@ -186,18 +186,80 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
     train, pool = _train(recipe, rng), _pool(recipe, name, seed)
     attack, images, labels = None, train.images, train.labels
     if name != "clean":
-
-        def clean_model() -> tuple[nnx.Module, Any]:
-            case = train_case("clean", seed, recipe, None if folder is None else folder.parent / f"clean-{seed}")
-            module = case.loss_fn.module
-            return nnx.merge(module.graphdef, module.rng_state, case.params), _normalization(recipe.dataset)
-
-        # digits are too easy to need a clean-label trigger: it is hardly learned (docs/choosing-the-scale.md)
-        settings = {"clean_label": False} if (name, recipe.dataset) == ("sig", "digits") else {}
-        target = recipe.target
-        attack = make_attack(name, rng, images, labels, target=target, clean_model=clean_model, **settings)
-        images, labels, *_ = poison(rng, images, labels, attack, target=target, ratio=recipe.poison_ratio)
+        attack = _make_attack(name, rng, seed, recipe, train, recipe.target, folder)
+        images, labels, *_ = poison(rng, images, labels, attack, target=recipe.target, ratio=recipe.poison_ratio)
     num_classes = int(train.labels.max()) + 1
+    model = _fit(recipe, rng, images, labels, num_classes, [] if attack is None else [attack], folder)
+    if folder is not None:
+        _save(folder, model, attack, {"name": name, "seed": seed, "num_classes": num_classes, **recipe._asdict()})
+    return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
+
+
+def train_several(
+    names: Sequence[str],
+    targets: Sequence[int],
+    seed: int,
+    recipe: Recipe = Recipe(),  # noqa: B008
+    folder: Path | None = None,
+) -> tuple[Case, list[Attack]]:
+    """One model with several backdoors, each poisoning training images of its own; the case itself has no trigger.
+
+    Args:
+      names, targets: the attacks, and the class that each asks for.
+      folder: where the training is kept, as for `train_case`.
+
+    Raises:
+      ValueError: fewer than two attacks, one named twice, not a target for each, poison for more than half of the
+        training images.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"attack: wanted two or more, each once, got {', '.join(names) or 'none'}")
+    if len(targets) != len(names):
+        raise ValueError(f"targets: wanted one for each of {len(names)} attacks, got {len(targets)}")
+    share = len(names) * recipe.poison_ratio
+    if share > 0.5:
+        raise ValueError(
+            f"poison_ratio: {len(names)} attacks of {recipe.poison_ratio:g} poison {share:.0%} of the training images, "
+            "wanted half at most"
+        )
+    name = "+".join(f"{name}-{target}" for name, target in zip(names, targets, strict=True))
+    rng = cell_rng(name, seed)
+    train, pool = _train(recipe, rng), _pool(recipe, name, seed)
+    images, labels, attacks = train.images.copy(), train.labels.copy(), []
+    # a part of the images for each attack, so that none carries two triggers
+    parts = split_by_class(rng, train.labels, (1 / len(names),) * len(names))
+    for name, target, part in zip(names, targets, parts, strict=True):
+        attack = _make_attack(name, rng, seed, recipe, train, target, folder)
+        poisoned = poison(rng, images[part], labels[part], attack, target=target, ratio=share)
+        images[part], labels[part] = poisoned.images, poisoned.labels
+        attacks.append(attack)
+    model = _fit(recipe, rng, images, labels, int(train.labels.max()) + 1, attacks, folder)
+    return _case(model, _normalization(recipe.dataset), pool, None, 0), attacks
+
+
+def _make_attack(
+    name: str, rng: np.random.Generator, seed: int, recipe: Recipe, train: ImageSet, target: int, folder: Path | None
+) -> Attack:
+    def clean_model() -> tuple[nnx.Module, Any]:
+        case = train_case("clean", seed, recipe, None if folder is None else folder.parent / f"clean-{seed}")
+        module = case.loss_fn.module
+        return nnx.merge(module.graphdef, module.rng_state, case.params), _normalization(recipe.dataset)
+
+    # digits are too easy to need a clean-label trigger: it is hardly learned (docs/choosing-the-scale.md)
+    settings = {"clean_label": False} if (name, recipe.dataset) == ("sig", "digits") else {}
+    return make_attack(name, rng, train.images, train.labels, target=target, clean_model=clean_model, **settings)
+
+
+def _fit(
+    recipe: Recipe,
+    rng: np.random.Generator,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    attacks: Sequence[Attack],
+    folder: Path | None,
+) -> Any:
+    """A model trained on these images; the training is kept in `folder` after every epoch."""
     shape, model_seed = images.shape[1:], int(rng.integers(2**31))
     if recipe.initial_weights is None:
         model = _build(recipe.model, num_classes, shape, recipe.dtype, model_seed)
@@ -211,13 +273,11 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
         rng_key=jax.random.key(rng.integers(2**31)),
         num_epochs=recipe.num_epochs,
         preprocess=_normalization(recipe.dataset),
-        augmentation=_augmentation(recipe, attack),
+        augmentation=_augmentation(recipe, attacks),
         learning_rate=recipe.learning_rate,
         workdir=None if folder is None else folder / "training",
     )
-    if folder is not None:
-        _save(folder, model, attack, {"name": name, "seed": seed, "num_classes": num_classes, **recipe._asdict()})
-    return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
+    return model
 
 
 class Kept(NamedTuple):
@@ -375,10 +435,10 @@ def _normalization(dataset: str) -> Any:
     return parse_normalization(dataset if dataset in NORMALIZATIONS else "none")
 
 
-def _augmentation(recipe: Recipe, attack: Attack | None) -> Augmentation | None:
+def _augmentation(recipe: Recipe, attacks: Sequence[Attack]) -> Augmentation | None:
     if not recipe.augment:
         return None
-    rotation = attack.rotation if attack is not None else 0.0
+    rotation = max((attack.rotation for attack in attacks), default=0.0)
     return Augmentation(crop=5 if rotation else 4, flip=recipe.dataset == "cifar10", rotation=rotation)
 
 

@@ -73,6 +73,19 @@ def define_list(name: str, default: Sequence[str], known: Sequence[str], help_te
     _register_check(name, check)
 
 
+def define_texts(name: str, default: Sequence[str], check: Callable[[str], Any], help_text: str) -> None:
+    """A flag of comma-separated texts, each once, each of which `check` judges by a ValueError."""
+    flags.DEFINE_list(name, list(default), help_text)
+
+    def check_all(texts: list[str]) -> None:
+        if not texts or len(set(texts)) < len(texts):
+            raise ValueError(f"wanted one or more, each once, got {','.join(texts)!r}")
+        for text in texts:
+            check(text)
+
+    _register_check(name, check_all)
+
+
 def define_seeds() -> None:
     """The flag `seed`, a list."""
     flags.DEFINE_list("seed", ["0"], "Seeds of training, splits and draws, comma-separated.")
@@ -476,6 +489,24 @@ def open_workdir(path: str, names: Sequence[str], more: dict[str, Any] | None = 
     except OSError as error:
         raise ValueError(f"workdir: cannot write to {workdir}: {error.strerror}") from error
     return workdir, config
+
+
+def finished(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the cells in metrics.jsonl; a line cut off in the middle does not count."""
+    path, done = workdir / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            cell = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        done[cell["cell"]] = cell["rows"]
+    return done
+
+
+def append_line(workdir: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Adds a finished cell to metrics.jsonl."""
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"cell": name, "rows": rows}) + "\n")
 
 
 def detection_flag_names() -> list[str]:

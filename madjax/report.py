@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
 from madjax.coupling import lookup, pairs
@@ -260,6 +261,40 @@ def plot_flagged(path: Path, images: np.ndarray, scores: Scores, is_anomalous: n
         for spine in axis.spines.values():
             spine.set(color=_ANOMALOUS if is_anomalous[index] else _BENIGN, linewidth=2.5)
     figure.suptitle(f"{title}: most anomalous first (red: anomalous, blue: benign)", fontsize=10)
+    _save(figure, path)
+
+
+def plot_mechanisms(path: Path, distance: np.ndarray, truth: np.ndarray, group: np.ndarray, title: str) -> None:
+    """The anomalies in a plane by t-SNE of their distances `[n, n]`, coloured by what they are and by group.
+
+    Args:
+      truth: names `[n]`; group: int `[n]`, -1 for none.
+    """
+    perplexity = min(30.0, (len(distance) - 1) / 3)
+    points = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=0).fit_transform(distance)
+    names = np.where(group < 0, "none", np.char.add("group ", group.astype(str)))
+    figure, pair = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for axes, kinds, heading in zip(pair, (truth, names), ("what they are", "groups found"), strict=True):
+        for kind in np.unique(kinds):
+            chosen = kinds == kind
+            axes.scatter(*points[chosen].T, s=9, label=f"{kind} ({chosen.sum()})")
+        axes.set(xticks=[], yticks=[], title=heading)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def plot_central(path: Path, images: np.ndarray, central: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """A row for each group: the images of its first 8 members."""
+    figure, grid = plt.subplots(
+        len(central), 8, figsize=(9, 1.15 * len(central) + 0.5), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat:
+        axis.axis("off")
+    for row, members, name in zip(grid, central, names, strict=True):
+        row[0].set_title(name, fontsize=8, loc="left")
+        for axis, index in zip(row, members[:8], strict=False):
+            axis.imshow(images[index].squeeze(), cmap="gray", vmin=0, vmax=255)
     _save(figure, path)
 
 
