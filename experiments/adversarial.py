@@ -17,6 +17,7 @@ the weight), histogram.png and gallery.png. A second run with the same --workdir
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,21 @@ from absl import flags
 
 from experiments import cases, common
 from madjax import Detector, report
-from madjax.attacks.adversarial import Attacked, adaptive_pgd, auto_pgd, fgsm, pgd
+from madjax.attacks.adversarial import Attacked, adaptive_pgd, auto_pgd, check_epsilon, fgsm, pgd
 from madjax.data import parse_normalization, split_by_class
 
 _ATTACKS = ("fgsm", "pgd", "pgd_2", "margin", "auto_pgd", "adaptive")
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight <= 1:
+        raise ValueError(f"wanted 0 to 1, got {text!r}")
+    return weight
+
 
 common.define_training_flags()
 common.define_list("attack", _ATTACKS, _ATTACKS, "Attacks; margin is PGD on the margin loss.")
@@ -46,7 +58,7 @@ flags.DEFINE_float("epsilon_2", None, "2-norm, in levels of 0..255; 128 (0.5 of 
 flags.DEFINE_integer("num_steps", 40, "Of PGD, each of a quarter of epsilon.", lower_bound=1)
 flags.DEFINE_integer("num_restarts", 2, "Of auto-PGD.", lower_bound=1)
 flags.DEFINE_integer("num_attacked", None, "Test images to attack; all that are right if not given.", lower_bound=1)
-flags.DEFINE_list("weight", ["0", "0.5", "0.9", "1"], "Of the detector in the adaptive attack, 0 to 1.")
+common.define_texts("weight", ["0", "0.5", "0.9", "1"], _weight, "Of the detector in the adaptive attack, 0 to 1.")
 flags.DEFINE_integer("num_attack_draws", 8, "Draws that a step of the adaptive attack differentiates.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
 common.define_detection_flags()
@@ -60,6 +72,10 @@ _OWN_FLAGS = [
 def main() -> None:
     """Runs all cells and prints the table."""
     values = flags.FLAGS
+    for name, largest in (("epsilon", 255.0), ("epsilon_2", math.inf)):
+        epsilon: Any = values[name].value
+        if epsilon is not None:
+            check_epsilon(epsilon, largest)
     names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *common.detection_flag_names()]
     workdir, config = common.open_workdir(values.workdir, names)
     done = common.finished(workdir)

@@ -237,6 +237,22 @@ def train_several(
     return _case(model, _normalization(recipe.dataset), pool, None, 0), attacks
 
 
+def train_known(
+    num_classes: int,
+    seed: int,
+    recipe: Recipe = Recipe(),  # noqa: B008
+    folder: Path | None = None,
+) -> tuple[Case, np.ndarray]:
+    """A clean model of the first classes alone, and images of the others, which it has not seen."""
+    rng = cell_rng("known", seed)
+    train, pool = _train(recipe, rng), _pool(recipe, "known", seed)
+    kept, known = train.labels < num_classes, pool.labels < num_classes
+    model = _fit(recipe, rng, train.images[kept], train.labels[kept], num_classes, [], folder)
+    groups = None if pool.groups is None else pool.groups[known]
+    part = ImageSet(pool.images[known], pool.labels[known], pool.class_names, groups)
+    return _case(model, _normalization(recipe.dataset), part, None, 0), pool.images[~known]
+
+
 def _make_attack(
     name: str, rng: np.random.Generator, seed: int, recipe: Recipe, train: ImageSet, target: int, folder: Path | None
 ) -> Attack:

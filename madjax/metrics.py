@@ -35,6 +35,20 @@ def recall_at_fpr(benign: np.ndarray, anomalous: np.ndarray, fpr: float) -> floa
     return float(np.mean(anomalous > threshold))
 
 
+def fpr_at_recall(benign: np.ndarray, anomalous: np.ndarray, recall: float) -> float:
+    """Share of the benign at or above the threshold that catches `recall` of the anomalies; NaN where one is empty.
+
+    At 0.95 OpenOOD's FPR@95 (Zhang et al. 2023, arXiv 2306.09301).
+
+    >>> fpr_at_recall(np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.5, 4.0, 5.0, 6.0]), 0.75)
+    0.0
+    """
+    if len(benign) == 0 or len(anomalous) == 0:
+        return float("nan")
+    wanted = int(np.ceil(recall * len(anomalous) - 1e-9))
+    return float(np.mean(benign >= np.sort(anomalous)[::-1][max(wanted, 1) - 1]))
+
+
 def auroc_same_prediction(
     benign: np.ndarray, anomalous: np.ndarray, benign_classes: np.ndarray, anomalous_classes: np.ndarray
 ) -> float:

@@ -187,7 +187,7 @@ def test_bad_input(problem, settings, message):
     [
         ({"weight": 2}, "weight: wanted 0 to 1, got 2"),
         ({"num_draws": 7}, "num_draws: wanted 1 to the detector's 6, got 7"),
-        ({"epsilon": 0.03}, "epsilon: wanted 1 to 255"),
+        ({"num_draws": 3, "epsilon": 0.03}, "epsilon: wanted 1 to 255"),
     ],
 )
 def test_bad_input_of_the_adaptive_attack(detector, examples, settings, message):

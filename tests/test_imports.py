@@ -15,7 +15,7 @@ RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.scale", "sampling.perturbation", "hosts",
     "prefix", "store", "sweep", "traces", "coupling", "calibration", "standardize", "scorer", "checkpoint", "detector",
-    "stopping", "xla_flags",
+    "stopping", "mechanisms", "xla_flags",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "baselines", "data", "interop", "metrics", "report")
 

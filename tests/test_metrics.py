@@ -38,3 +38,11 @@ def test_nothing_to_detect_is_nan():
     assert np.isnan(metrics.auroc(np.arange(3.0), np.zeros(0)))
     assert np.isnan(metrics.average_precision(np.arange(3.0), np.zeros(0)))
     assert np.isnan(metrics.recall_at_fpr(np.zeros(0), np.arange(3.0), 0.1))
+
+
+def test_fpr_at_recall_is_that_of_the_strictest_threshold_which_catches_enough():
+    rng = np.random.default_rng(0)
+    benign, anomalous = rng.normal(size=300).round(1), rng.normal(1, size=201).round(1)
+    rates = [np.mean(benign >= t) for t in np.unique(anomalous) if np.mean(anomalous >= t) >= 0.95]
+    assert metrics.fpr_at_recall(benign, anomalous, 0.95) == min(rates)
+    assert np.isnan(metrics.fpr_at_recall(benign, anomalous[:0], 0.95))

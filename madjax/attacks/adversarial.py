@@ -176,11 +176,18 @@ def adaptive_pgd(
     judged = _Problem(loss_fn, detector.params, images, labels, targets, norm, epsilon, batch_size)
     goal = targets
     if goal is None:
-        logits = np.asarray(judged.logits(images))
+        logits = np.array(judged.logits(images))
         logits[np.arange(len(labels)), labels] = -np.inf
         goal = logits.argmax(1)
     problem = _Problem(loss_fn, detector.params, images, labels, goal, norm, epsilon, batch_size)
     return judged.judge(problem.evade(detector, weight, num_draws, [step_size] * num_steps, rng_key))
+
+
+def check_epsilon(epsilon: float, largest: float = 255) -> None:
+    """Raises ValueError unless it is 1 to `largest`: less is lost when images are rounded, and of 0..1 as it seems."""
+    if not 1 <= epsilon <= largest:
+        hint = f", of 0..1 as it seems: wanted {255 * epsilon:g}" if 0 < epsilon < 1 else ""
+        raise ValueError(f"epsilon: wanted 1 to {largest:g}, in levels of 0..255 (8 for 8/255), got {epsilon}{hint}")
 
 
 def _check_step(step_size: float, num_steps: int) -> None:
@@ -212,12 +219,7 @@ class _Problem:
             raise ValueError(f"images: wanted uint8 [n, height, width, channels], got {images.dtype} {images.shape}")
         if norm not in get_args(Norm):
             raise ValueError(f"norm: wanted inf or 2, got {norm!r}")
-        largest = 255 if norm == "inf" else 255 * np.sqrt(images[0].size)
-        if not 1 <= epsilon <= largest:
-            hint = f", of 0..1 as it seems: wanted {255 * epsilon:g}" if 0 < epsilon < 1 else ""
-            raise ValueError(
-                f"epsilon: wanted 1 to {largest:g}, in levels of 0..255 (8 for 8/255), got {epsilon}{hint}"
-            )
+        check_epsilon(epsilon, 255 if norm == "inf" else 255 * np.sqrt(images[0].size))
         for name, classes in (("labels", labels), ("targets", targets)):
             if classes is not None and np.shape(classes) != images.shape[:1]:
                 raise ValueError(f"{name}: wanted one for each of {len(images)} images, got {np.shape(classes)}")
