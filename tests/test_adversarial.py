@@ -88,17 +88,16 @@ def test_targeted_attacks_reach_their_target_and_others_do_not_aim():
 
 
 @pytest.mark.parametrize("norm", ["inf", "2"])
-def test_changes_stay_in_the_ball_and_blocks_do_not_matter(digits_model, examples, norm):
-    loss_fn, params = digits_model
-    images = examples["image"][:11]
+def test_changes_stay_in_the_ball_and_blocks_do_not_matter(problem, norm):
+    loss_fn, params, images, labels, _ = problem
+    images, labels = images[:11].copy(), labels[:11]
     images[0], images[1] = 0, 255
-    labels = np.asarray(loss_fn.label(params, {"image": images})["label"])
     settings = {"norm": norm, "epsilon": 9.5, "step_size": 4, "num_steps": 3}
     whole = pgd(jax.random.key(1), loss_fn, params, images, labels, **settings)
     assert whole.images.dtype == np.uint8
     change = whole.images.astype(float) - images
     size = np.abs(change).max() if norm == "inf" else np.sqrt(np.square(change).sum((1, 2, 3))).max()
-    assert size <= (9.5 if norm == "inf" else 9.5 + 4)  # rounding 64 pixels moves by 4 at most
+    assert size <= (9 if norm == "inf" else 9.5 + 2)  # rounding 16 pixels moves by 2 at most
     assert size > 6
     blocks = pgd(jax.random.key(1), loss_fn, params, images, labels, **settings, batch_size=4)
     # a pixel may round the other way
@@ -116,11 +115,11 @@ def test_a_restart_leaves_alone_what_is_fooled(problem):
 
 
 @pytest.fixture(scope="module")
-def detector(digits_model, examples):
-    loss_fn, params = digits_model
-    trusted = {"image": examples["image"]}
+def detector():
+    loss_fn, params = from_nnx(Flat(3), preprocess=to_unit)
+    trusted = {"image": np.random.default_rng(2).integers(0, 256, (37, *SHAPE)).astype(np.uint8)}
     return Detector.fit(
-        jax.random.key(0), loss_fn, params, trusted, perturbation=Gaussian(scale=0.05), num_draws=6, layout="host"
+        jax.random.key(0), loss_fn, params, trusted, perturbation=Gaussian(scale=0.2), num_draws=6, layout="host"
     )
 
 
@@ -136,20 +135,20 @@ def test_the_coupling_that_is_attacked_is_the_detectors(detector, name, traces):
     np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-4)
 
 
-def test_the_adaptive_attack_lowers_the_score(detector, examples):
-    images = examples["image"][:8]
+def test_the_adaptive_attack_lowers_the_score(detector):
+    images = np.random.default_rng(3).integers(0, 256, (40, *SHAPE)).astype(np.uint8)
     labels = np.asarray(detector.loss_fn.label(detector.params, {"image": images})["label"])
     made = {
         weight: adaptive_pgd(
-            jax.random.key(0), detector, images, labels, weight=weight, num_draws=3, epsilon=60, step_size=10,
-            num_steps=12,
+            jax.random.key(0), detector, images, labels, weight=weight, num_draws=4, epsilon=90, step_size=10,
+            num_steps=25,
         )
-        for weight in (0.0, 1.0)
+        for weight in (0.0, 0.5)
     }  # fmt: skip
-    assert made[0.0].fooled.sum() >= 4
-    both = made[0.0].fooled & made[1.0].fooled
-    assert both.sum() >= 3
-    plain, adapted = (detector.score({"image": made[weight].images[both]}).anomaly_score for weight in (0.0, 1.0))
+    assert made[0.0].fooled.mean() > 0.9
+    both = made[0.0].fooled & made[0.5].fooled
+    assert both.mean() > 0.9
+    plain, adapted = (detector.score({"image": made[weight].images[both]}).anomaly_score for weight in (0.0, 0.5))
     assert adapted.mean() < plain.mean() - 0.02
 
 
@@ -190,6 +189,6 @@ def test_bad_input(problem, settings, message):
         ({"num_draws": 3, "epsilon": 0.03}, "epsilon: wanted 1 to 255"),
     ],
 )
-def test_bad_input_of_the_adaptive_attack(detector, examples, settings, message):
+def test_bad_input_of_the_adaptive_attack(detector, problem, settings, message):
     with pytest.raises(ValueError, match=message):
-        adaptive_pgd(jax.random.key(0), detector, examples["image"], examples["label"], **settings)
+        adaptive_pgd(jax.random.key(0), detector, problem[2], problem[3], **settings)
