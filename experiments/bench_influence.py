@@ -29,7 +29,7 @@ from scipy.stats import spearmanr
 from experiments import common
 from madjax import Gaussian, from_linen, loss_matrix, report
 from madjax.baselines.influence import leading_eigenvectors
-from madjax.coupling import pairs
+from madjax.coupling import Pair, pairs
 from madjax.data import digits
 from madjax.sampling.draws import StoredDraws
 from madjax.traces import fit_trace_map
@@ -150,10 +150,11 @@ def _attributions(
         for name, draws in (("posterior", posterior), ("Detector", ours)):
             matrix = loss_matrix(loss_fn, draws, examples, layout="host")
             raw, mapped = matrix.astype(np.float64), fit_trace_map(matrix[:, train])(matrix)
-            for label, traces, pair in (
+            measures: tuple[tuple[str, np.ndarray, Pair], ...] = (
                 ("covariance", raw, "covariance"), ("correlation", raw, "correlation"),
                 ("ccc, whitened", mapped, "ccc"),
-            ):  # fmt: skip
+            )  # fmt: skip
+            for label, traces, pair in measures:
                 measured = pairs(pair, traces[:, train], traces[:, test])
                 found[f"{name}, {num_draws} draws, {label}"] = measured
     return found
@@ -166,7 +167,7 @@ def _params(weights: np.ndarray) -> Any:
 
 def _rank_agreement(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """Spearman's correlation down the rows, for every column."""
-    return np.array([spearmanr(p, a).statistic for p, a in zip(predicted.T, actual.T, strict=True)])
+    return np.array([spearmanr(p, a)[0] for p, a in zip(predicted.T, actual.T, strict=True)])
 
 
 def _summary(name: str, agreement: np.ndarray) -> dict[str, float]:

@@ -505,8 +505,8 @@ class _Coupling(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _couple(name: str, traces: Traces, known: _Coupling, losses: jax.Array) -> jax.Array:
-    """Float32 `[n]` of losses `[num_draws, n]`."""
-    pair, reduction = lookup(name)
+    """Float32 `[n]` of losses `[num_draws, n]`; not standardized, which would not change the way it rises."""
+    pair, reduction, _ = lookup(name)
     y = losses if traces == "raw" else jnp.sign(losses) * jnp.log1p(jnp.abs(losses) / SMALL_LOSS)
     x, y = known.trusted, known.root @ (y - known.mean[:, None])
     measure = (x - x.mean(0, keepdims=True)).T @ (y - y.mean(0, keepdims=True)) / len(y)
@@ -518,9 +518,9 @@ def _couple(name: str, traces: Traces, known: _Coupling, losses: jax.Array) -> j
         measure = measure / jnp.sqrt(jnp.maximum(x_variance * y_variance, 1e-12))
     if reduction == "mean":
         return measure.mean(0)
-    prior = CLASS_PRIOR if reduction == "topk_class" else 0
+    prior = CLASS_PRIOR if reduction in ("cluster", "topk_class") else 0
     by_class = (known.members @ measure / (known.members.sum(1, keepdims=True) + prior)).max(0)
-    if reduction == "class":
+    if reduction in ("class", "cluster"):
         return by_class
     top = jax.lax.top_k(measure.T, min(TOP_K, len(measure)))[0].mean(1)
     return top if reduction == "topk" or len(known.members) == 1 else (top + by_class) / 2
