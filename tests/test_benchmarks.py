@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
 
+@pytest.mark.slow
 def test_bench_devices(here):
     small = ["--num_devices=1,2", "--num_examples=32", "--num_draws=2", "--model_shards=2"]
     one, two = json.loads(here("bench_devices", *small).splitlines()[-1])["rows"]

@@ -94,7 +94,7 @@ def test_weights_hold_no_trigger_that_is_drawn_or_trained(tmp_path):
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "gtsrb", "tiny_imagenet"])
 def test_augmentation_is_backdoorbenchs(dataset):
     recipe, flip = Recipe(dataset=dataset, augment=True), dataset == "cifar10"
-    assert cases._augmentation(recipe, None) == Augmentation(crop=4, flip=flip, rotation=0)
+    assert cases._augmentation(recipe, []) == Augmentation(crop=4, flip=flip, rotation=0)
     # of input_aware, tests/test_attacks.py tells the rotation
     for name, expected in (
         ("badnet", Augmentation(crop=4, flip=flip, rotation=0)),
@@ -102,8 +102,8 @@ def test_augmentation_is_backdoorbenchs(dataset):
         ("bpp", Augmentation(crop=5, flip=flip, rotation=10)),
     ):
         attack = make_attack(name, np.random.default_rng(0), *digits())
-        assert cases._augmentation(recipe, attack) == expected, name
-    assert cases._augmentation(recipe._replace(augment=False), None) is None
+        assert cases._augmentation(recipe, [attack]) == expected, name
+    assert cases._augmentation(recipe._replace(augment=False), []) is None
 
 
 class Answers:

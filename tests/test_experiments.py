@@ -465,7 +465,7 @@ def test_bench_scale(here, tmp_path):
     few = ["--attack=badnet", "--num_draws=4", "--num_examples=40", "--retained=0.3", "--noise=absolute"]
     here("bench_scale", f"--workdir={tmp_path}", *few)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert len(rows) == 6  # couplings and traces
+    assert len(rows) == 7  # couplings and traces
     assert (tmp_path / "scale.png").exists()
 
 

@@ -36,6 +36,7 @@ def finish(processes, expect):
         yield errors
 
 
+@pytest.mark.slow
 def test_four_hosts_get_the_matrix_of_one(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir()
