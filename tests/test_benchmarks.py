@@ -34,6 +34,7 @@ def test_bench_detector(here):
     assert all(0 < row["median_sweep_seconds"] <= row["median_seconds"] for row in result["inputs"].values())
 
 
+@pytest.mark.slow
 def test_bench_quality(here, tmp_path):
     small = ["--attack=badnet", "--num_draws=4,8", "--num_reference_draws=6", "--num_examples=40", "--layout=host"]
     small += ["--sampler=reference,independent,antithetic"]
@@ -51,6 +52,7 @@ def test_bench_quality(here, tmp_path):
     assert (tmp_path / "quality.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_bench_shortcuts(here):
     small = ["--attack=badnet", "--num_draws=8", "--num_examples=30", "--layout=host"]
     row = json.loads(here("bench_shortcuts", *small).splitlines()[-1])["models"]["digits badnet"]
@@ -60,6 +62,7 @@ def test_bench_shortcuts(here):
     assert row["largest_difference_bfloat16"] > 0  # it was computed otherwise
 
 
+@pytest.mark.slow
 def test_bench_detectors(here, tmp_path):
     small = ["--attack=badnet", "--num_draws=32", "--num_examples=30", "--layout=host"]
     small += ["--detector=functional,knn,scale_up", f"--workdir={tmp_path}"]
@@ -117,6 +120,7 @@ def test_bench_roofline(here, tmp_path):
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_bench_growth(here, driver, monkeypatch):
     bench_growth = driver("bench_growth")
     small = ["--repeats=1", "--layout=host"]

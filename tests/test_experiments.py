@@ -73,6 +73,7 @@ def test_backdoor_writes_what_it_says(finished):
     assert "5.00% wanted" in done.stdout
 
 
+@pytest.mark.slow
 def test_backdoor_with_rivals(here, tmp_path):
     rivals = ["mahalanobis", "strip", "gradient_cosine_last"]
     given = ["--coupling=topk_ccc", *SMALL]
@@ -461,6 +462,7 @@ def test_bench_sweep(here):
     assert result["auto_over_best"] > 0
 
 
+@pytest.mark.slow
 def test_bench_scale(here, tmp_path):
     few = ["--attack=badnet", "--num_draws=4", "--num_examples=40", "--retained=0.3", "--noise=absolute"]
     here("bench_scale", f"--workdir={tmp_path}", *few)

@@ -73,6 +73,7 @@ def test_a_driver_on_two_hosts(own_model, scored, tmp_path):
         assert float(one["anomaly_score"]) == pytest.approx(float(two["anomaly_score"]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_hosts_that_disagree_all_stop(own_model, tmp_path):
     for errors in finish(score(own_model, tmp_path / "run", 2, lambda host: [f"--seed={host}"]), 1):
         assert "error: flags: hosts disagree: seed is 0 on host 0, 1 on host 1" in errors
