@@ -50,7 +50,7 @@ class LanguageRecipe(NamedTuple):
 
     model: str = "tiny"
     data_dir: str | None = None
-    num_train: int = 4000
+    num_train: int = 3000
     poison_ratio: float = 0.1
     lora_rank: int = 0
     num_epochs: int = 2
