@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from madjax import calibration
@@ -90,16 +89,15 @@ class Scorer:
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
                 f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
+        fit = None if traces == "raw" else TraceMapFit(trusted)
+        trace_map = None if fit is None else fit.without(np.zeros(0, int))
         if lookup(coupling).reduction == "cluster":
-            mapped = trusted if traces == "raw" else TraceMapFit(trusted).without(np.zeros(0, int))(trusted)
-            trusted_classes = _clusters(mapped)
-        if traces == "raw":
-            return cls(
-                coupling, traces, trusted, trusted_classes, leave_one_out(coupling, trusted, trusted_classes), None
-            )
-        fit = TraceMapFit(trusted)
-        left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
-        return cls(coupling, traces, trusted, trusted_classes, left_out, fit.without(np.zeros(0, int)))
+            trusted_classes = _clusters(trusted if trace_map is None else trace_map(trusted))
+        if fit is None:
+            left_out = leave_one_out(coupling, trusted, trusted_classes)
+        else:
+            left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
+        return cls(coupling, traces, trusted, trusted_classes, left_out, trace_map)
 
     @cached_property
     def trusted_couplings(self) -> np.ndarray:
@@ -145,6 +143,8 @@ class Scorer:
 
 def _clusters(traces: np.ndarray) -> np.ndarray:
     """Int `[num_examples]`: at most ten groups of traces that move alike, of twenty or more on average."""
+    from sklearn.cluster import KMeans  # takes seconds to import, and few couplings need it
+
     centered = traces - traces.mean(0)
     directions = centered / np.maximum(np.linalg.norm(centered, axis=0), np.finfo(float).tiny)
     count = max(2, min(10, traces.shape[1] // 20))
