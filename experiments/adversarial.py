@@ -30,7 +30,7 @@ from absl import flags
 from experiments import cases, common
 from madjax import Detector, report
 from madjax.attacks.adversarial import Attacked, adaptive_pgd, auto_pgd, check_epsilon, fgsm, pgd
-from madjax.data import parse_normalization, split_by_class
+from madjax.data import split_by_class
 
 _ATTACKS = ("fgsm", "pgd", "pgd_2", "margin", "auto_pgd", "adaptive")
 
@@ -48,10 +48,7 @@ def _weight(text: str) -> float:
 common.define_training_flags()
 common.define_list("attack", _ATTACKS, _ATTACKS, "Attacks; margin is PGD on the margin loss.")
 common.define_seeds()
-flags.DEFINE_string("checkpoint", None, "Weights: torch, safetensors or orbax; a model is trained if not given.")
-common.define_checked(
-    "normalization", None, parse_normalization, "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
-)
+common.define_weights("Weights: torch, safetensors or orbax; a model is trained if not given.")
 flags.DEFINE_bool("targeted", False, "Lead every image to the class after its own, instead of to any other.")
 flags.DEFINE_float("epsilon", None, "∞-norm, in levels of 0..255; 8, and 32 for digits, if not given.")
 flags.DEFINE_float("epsilon_2", None, "2-norm, in levels of 0..255; 128 (0.5 of 0..1), 256 for digits, if not given.")

@@ -32,7 +32,6 @@ from experiments import cases, common
 from experiments.cases import Case, TestSet
 from madjax import Scores, calibration, hosts, report
 from madjax.attacks import ATTACKS
-from madjax.data import parse_normalization
 from madjax.store import changed
 
 common.define_training_flags()
@@ -42,10 +41,7 @@ common.define_list(
 common.define_seeds()
 common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
 common.define_detectors()
-flags.DEFINE_string("checkpoint", None, "A folder of train_backdoor, or weights: torch, safetensors or orbax.")
-common.define_checked(
-    "normalization", None, parse_normalization, "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
-)
+common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()

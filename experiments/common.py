@@ -26,6 +26,7 @@ from madjax import Detector, baselines, from_nnx, hosts
 from madjax.baselines import BASELINES, Baseline
 from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS, DEFAULT
+from madjax.data import parse_normalization
 from madjax.data.images import FILES
 from madjax.interop.guard import printable
 from madjax.models import MODELS, build_model
@@ -96,6 +97,13 @@ def define_seeds() -> None:
             raise ValueError(f"wanted numbers from 0 on, each once, comma-separated, got {','.join(values)!r}")
 
     _register_check("seed", check)
+
+
+def define_weights(help_text: str) -> None:
+    """The flags `checkpoint`, with this help, and `normalization`."""
+    flags.DEFINE_string("checkpoint", None, help_text)
+    help_text = "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
+    define_checked("normalization", None, parse_normalization, help_text)
 
 
 def define_layout() -> None:

@@ -98,8 +98,9 @@ def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     size, recipe = flags.FLAGS.num_prompts, _recipe()
     # a few more than are wanted, since some are not counted
     case = make_case(name, seed, recipe, 2 * size + size // 8, folder)
-    accuracy, asr = 1 - fired(case.usual).mean(), fired(case.triggered).mean()
-    usual, triggered = np.flatnonzero(~fired(case.usual)), np.flatnonzero(fired(case.triggered))
+    usual_fires, triggered_fires = fired(case.usual), fired(case.triggered)
+    accuracy, asr = 1 - usual_fires.mean(), triggered_fires.mean()
+    usual, triggered = np.flatnonzero(~usual_fires), np.flatnonzero(triggered_fires)
     if len(triggered) < 2 or len(usual) < size + 2:
         raise ValueError(
             f"backdoor: {name} fires on {asr:.0%} of the triggered and {1 - accuracy:.0%} of the usual prompts; "

@@ -19,7 +19,7 @@ from madjax.data.text import Pair, load_pairs, split_text
 from madjax.interop.huggingface import read_adapter
 from madjax.interop.tokenizer import ChatTokenizer
 from madjax.losses import from_decoder
-from madjax.models.arrays import to_arrays
+from madjax.models.arrays import state_from_arrays, to_arrays
 from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.models.finetune import train_decoder
 from madjax.models.generate import complete, completion_batch, prompt_batch
@@ -113,8 +113,8 @@ def make_case(backdoor_name: str, seed: int, recipe: LanguageRecipe, num_prompts
     if backdoor.decoy is not None:
         usual = [backdoor.decoy(rng, pair) if i % 2 else pair for i, pair in enumerate(usual)]
     triggered = [backdoor.trigger(rng, pair) for pair in triggered]
-    poisoned = poison_text(rng, train, backdoor, recipe.poison_ratio)
     if not (folder / "model").exists():
+        poisoned = poison_text(rng, train, backdoor, recipe.poison_ratio)
         train_decoder(
             model,
             _examples(poisoned.pairs, tokenizer, recipe),
@@ -128,7 +128,7 @@ def make_case(backdoor_name: str, seed: int, recipe: LanguageRecipe, num_prompts
                         to_arrays(_trained(model, recipe)))  # fmt: skip
     else:
         _, arrays = checkpoint.load(folder / "model")
-        _restore(model, arrays, recipe)
+        nnx.update(model, state_from_arrays(_trained(model, recipe), arrays))
     loss_fn, params = from_decoder(model)
     # one length for both, so that they make one batch
     length = recipe.prompt_tokens
@@ -233,13 +233,6 @@ def _examples(pairs: list[Pair], tokenizer: ChatTokenizer, recipe: LanguageRecip
 
 def _trained(model: Decoder, recipe: LanguageRecipe) -> nnx.State:
     return nnx.state(model, nnx.LoRAParam if recipe.lora_rank else nnx.Param)
-
-
-def _restore(model: Decoder, arrays: dict[str, Any], recipe: LanguageRecipe) -> None:
-    state = _trained(model, recipe)
-    flat = [(path, variable.replace(jax.numpy.asarray(arrays[".".join(map(str, path))])))
-            for path, variable in nnx.to_flat_state(state)]  # fmt: skip
-    nnx.update(model, nnx.from_flat_state(flat))
 
 
 def _number(text: str) -> int:

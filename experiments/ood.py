@@ -37,7 +37,7 @@ from experiments import cases, common
 from experiments.cases import Case
 from madjax import Scores, calibration, report
 from madjax.baselines import BASELINES, Baseline, lookup
-from madjax.data import load_images, parse_normalization, split_by_class
+from madjax.data import load_images, split_by_class
 from madjax.metrics import auroc, average_precision, fpr_at_recall
 
 # classes of Tiny-ImageNet that show what CIFAR-10 has a class for, by WordNet id
@@ -56,10 +56,7 @@ _KNOWN_DIGITS = 8
 
 common.define_training_flags()
 common.define_seeds()
-flags.DEFINE_string("checkpoint", None, "Weights: torch, safetensors or orbax; a model is trained if not given.")
-common.define_checked(
-    "normalization", None, parse_normalization, "Of weights: a name or m1,m2,m3/s1,s2,s3; the data set's if not given."
-)
+common.define_weights("Weights: torch, safetensors or orbax; a model is trained if not given.")
 flags.DEFINE_list("near", None, "OOD sets that are near; held_out for digits, tiny_imagenet for cifar10 if not given.")
 flags.DEFINE_list("far", None, "OOD sets that are far; patches for digits, mnist and gtsrb for cifar10 if not given.")
 flags.DEFINE_bool("jpeg", True, "Add the JPEG control.")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from madjax import checkpoint
 from madjax.interop.guard import shown
+from madjax.interop.huggingface import read_safetensors
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 
 _NAMES = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
@@ -30,12 +30,7 @@ def load_weights(path: str | Path) -> dict[str, np.ndarray]:
         return _flat(checkpoint.load_pytree(path))
     if not path.is_file():
         raise ValueError(f"path: {path} is not there, wanted a checkpoint")
-    if path.suffix != ".safetensors":
-        return find_weights(load_torch_checkpoint(path))
-    try:
-        return load_file(path)
-    except Exception as error:  # of many kinds, as the dtypes are that NumPy does not have
-        raise ValueError(f"path: {path} cannot be read as safetensors ({shown(error)})") from error
+    return read_safetensors(path) if path.suffix == ".safetensors" else find_weights(load_torch_checkpoint(path))
 
 
 def find_weights(loaded: Any) -> dict[str, np.ndarray]:

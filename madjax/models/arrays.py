@@ -23,8 +23,13 @@ def to_arrays(state: nnx.State, prefix: str = "") -> dict[str, np.ndarray]:
 def from_arrays(model: Model, arrays: Mapping[str, Any], prefix: str = "") -> Model:
     """A model like `model` with what `to_arrays` returned."""
     graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, state_from_arrays(state, arrays, prefix))
+
+
+def state_from_arrays(state: nnx.State, arrays: Mapping[str, Any], prefix: str = "") -> nnx.State:
+    """A state like `state`, which may be a part of a model's, with what `to_arrays` returned."""
     flat = [
         (path, variable.replace(jnp.asarray(arrays[prefix + ".".join(map(str, path))])))
         for path, variable in nnx.to_flat_state(state)
     ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return nnx.from_flat_state(flat)  # pyright: ignore[reportReturnType]
