@@ -1,6 +1,6 @@
 r"""Adversarial inputs: how robust a model is, whether its detector sees what fools it, and an attack on both.
 
-    python -m experiments.adversarial --dataset=digits --workdir=runs/adversarial      # 3 minutes on 2 CPU cores
+    python -m experiments.adversarial --dataset=digits --workdir=runs/adversarial
     python -m experiments.adversarial --dataset=cifar10 --data_dir=DATA --checkpoint=clean_resnet56_cifar10.th \
         --model=resnet56 --normalization=imagenet --num_pool=1000 --num_attacked=100
 

@@ -1,6 +1,6 @@
 r"""Mechanisms: several backdoors in one model, and adversarial inputs; tells the anomalies' mechanisms apart.
 
-    python -m experiments.mechanisms --dataset=digits --workdir=runs/mechanisms     # 3 minutes on 2 CPU cores
+    python -m experiments.mechanisms --dataset=digits --workdir=runs/mechanisms
     python -m experiments.mechanisms --backdoors=sig:2+lf:5 --seed=0,1,2 --workdir=runs/sig-lf
     python -m experiments.mechanisms --dataset=cifar10 --data_dir=DATA --epsilon=8 --step_size_attack=2
 

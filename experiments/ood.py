@@ -1,6 +1,6 @@
 r"""Out-of-distribution inputs: the coupling beside its rivals on the same model, and all of them as one score.
 
-    python -m experiments.ood --dataset=digits --workdir=runs/ood                     # 2 minutes on 2 CPU cores
+    python -m experiments.ood --dataset=digits --workdir=runs/ood
     python -m experiments.ood --dataset=cifar10 --data_dir=DATA --checkpoint=clean_resnet56_cifar10.th \
         --model=resnet56 --normalization=imagenet --far=mnist,gtsrb,DATA/textures32.npz --resize
 
