@@ -275,7 +275,8 @@ class Detector:
             arrays["trusted"],
             arrays.get("trusted_classes"),
             arrays["trusted_couplings"],
-            None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"]),
+            # what was saved before least was part of the map had this one
+            None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"], trace_map.get("least", 1e-5)),
         )
         return cls(loss_fn, params, draws, scorer, *(settings[name] for name in _SAVED))
 

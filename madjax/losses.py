@@ -20,7 +20,6 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from madjax.types import Batch, Params
@@ -89,8 +88,17 @@ class ClassificationLoss:
 
 
 def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    # bfloat16 logits would round small losses to a handful of values
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
+    """Float32 `[...]`: -log p of the labels, in nats, to seven digits however small it is.
+
+    The logarithm of the sum of exponentials less the label's logit would be rounded as the logits are, to some 1e-6,
+    and all that the model is sure of would have the loss 0. With the label taken out of the sum, the loss is
+    log(1 + exp(-margin)).
+    """
+    logits = logits.astype(jnp.float32)  # bfloat16 would round small losses to a handful of values
+    own = jnp.take_along_axis(logits, label[..., None], axis=-1)
+    is_own = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
+    losses = jax.nn.softplus(jax.nn.logsumexp(jnp.where(is_own, -jnp.inf, logits - own), axis=-1))
+    return jnp.where(jnp.isfinite(own[..., 0]), losses, jnp.nan)  # an infinite logit is a fault, not a certainty
 
 
 @partial(jax.jit, static_argnums=0)
@@ -245,8 +253,7 @@ class SequenceLoss:
         model = nnx.merge(self.graphdef, params)
         # the last token is told by those before it
         logits = model(tokens[:, :-1], positions[:, :-1], last=is_target.shape[1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["completion"])
-        return jnp.where(is_target, losses, 0.0)
+        return jnp.where(is_target, _cross_entropy(logits, batch["completion"]), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

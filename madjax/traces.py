@@ -8,8 +8,9 @@ Traces that share only that look coupled, whatever mechanism made them. So, with
 where m is the mean trusted x at each draw, S `[D, D]` the covariance of the trusted x between draws over examples, v
 its mean eigenvalue and s the shrinkage. R weakens the directions in which all trusted examples move and leaves the
 rest, as an influence function weighs gradients by an inverse curvature. The logarithm keeps a few large losses from
-deciding it, and c, under which a loss counts as none, keeps it from magnifying the rounding of the smallest.
-`docs/choosing-the-scale.md` compares it with plain losses.
+deciding it. c, under which a loss counts as none, is the smallest trusted loss above zero: the losses of this package
+are exact to 1e-30 and less, and what a loss function of the user's own rounds to zero tells nothing about how small it
+was. `docs/choosing-the-scale.md` compares it with plain losses.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ import numpy as np
 
 from madjax.types import LossMatrix
 
-SHRINKAGE = 1.0  # s
-SMALL_LOSS = 1e-5  # c, in nats; float32 logits round losses to some 1e-6
+SHRINKAGE = 0.2  # s
+_SMALLEST = 1e-30  # of c: float32 ends not far below
 
 
 class TraceMap(NamedTuple):
-    """An affine map of losses at D draws.
+    """An affine map of the log losses at D draws.
 
     Attributes:
       mean: `[D]`, of the trusted x over examples.
       root: symmetric `[D, D]`, the R of the module's docstring.
+      least: c, in nats.
     """
 
     mean: np.ndarray
     root: np.ndarray
+    least: float
 
     def __call__(self, losses: LossMatrix) -> np.ndarray:
         """Float64 `[D, num_examples]`."""
-        return self.root @ (_log_loss(losses) - self.mean[:, None])
+        return self.root @ (_log_loss(losses, self.least) - self.mean[:, None])
 
 
 def fit_trace_map(trusted: LossMatrix) -> TraceMap:
@@ -49,7 +52,8 @@ class TraceMapFit:
     """Moments of the trusted traces, from which maps that leave some of them out are cheap."""
 
     def __init__(self, trusted: LossMatrix):
-        self._x = _log_loss(trusted)
+        self._least = least_loss(trusted)
+        self._x = _log_loss(trusted, self._least)
         self._sum = self._x.sum(1)
         self._square = self._x @ self._x.T
 
@@ -62,10 +66,18 @@ class TraceMapFit:
         eigenvalues, vectors = np.linalg.eigh(covariance)
         average = max(float(eigenvalues.mean()), np.finfo(float).tiny)
         gain = np.sqrt((1 + SHRINKAGE) / (np.maximum(eigenvalues, 0) / average + SHRINKAGE))
-        return TraceMap(mean, (vectors * gain) @ vectors.T)
+        return TraceMap(mean, (vectors * gain) @ vectors.T, self._least)
 
 
-def _log_loss(losses: LossMatrix) -> np.ndarray:
-    # a loss of the user's own may be negative
+def least_loss(trusted: LossMatrix) -> float:
+    """c of the module's docstring; the median size of losses that may be negative, as those have no lower end."""
+    size = np.abs(np.asarray(trusted, np.float64))
+    known = size[size > 0]
+    if not len(known):
+        return 1.0
+    return float(np.median(known) if (np.asarray(trusted) < 0).any() else max(known.min(), _SMALLEST))
+
+
+def _log_loss(losses: LossMatrix, least: float) -> np.ndarray:
     losses = np.asarray(losses, np.float64)
-    return np.sign(losses) * np.log1p(np.abs(losses) / SMALL_LOSS)
+    return np.sign(losses) * np.log1p(np.abs(losses) / least)

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from madjax import Detector, Gaussian, Langevin, from_linen, from_nnx
+from madjax.losses import ClassificationLoss
 from tests.conftest import to_unit
 
 
@@ -138,6 +139,24 @@ def test_a_loss_function_without_flax():
     assert scores.p_value.shape == (20,)
     with pytest.raises(ValueError, match="trusted_classes: wanted one class for each"):
         detector.with_coupling("class_ccc", "raw")
+
+
+def test_losses_are_exact_however_small():
+    logits = jnp.array([[50.0, 0, -3], [0, 80, 0], [-100, 4, 7], [jnp.inf, 0, 0]], jnp.float32)
+    label = jnp.array([0, 1, 0, 0])
+    losses = ClassificationLoss(_Given())({}, {"image": logits, "label": label})  # pyright: ignore[reportArgumentType]
+    exact = np.logaddexp.reduce(np.array([[-50.0, -53], [-80, -80], [104, 107]]), axis=1)
+    np.testing.assert_allclose(losses[:3], np.log1p(np.exp(exact)), rtol=1e-5)
+    assert np.isnan(losses[3])  # which the sweep refuses
+    slope = jax.grad(lambda x: ClassificationLoss(_Given())({}, {"image": x, "label": label[:3]}).sum())(logits[:3])  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(slope, jax.nn.softmax(logits[:3]) - jax.nn.one_hot(label[:3], 3), atol=1e-6)
+
+
+class _Given:
+    """A network whose logits are the images."""
+
+    def apply(self, params, image):
+        return image
 
 
 def test_equal_architectures_share_a_loss(digits_model):

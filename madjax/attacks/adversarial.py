@@ -28,7 +28,7 @@ from madjax.detector import Detector
 from madjax.losses import ClassificationLoss
 from madjax.scorer import Scorer, Traces
 from madjax.sweep import loss_matrix
-from madjax.traces import SMALL_LOSS
+from madjax.traces import TraceMap
 from madjax.types import Params
 
 Norm = Literal["inf", "2"]
@@ -487,27 +487,30 @@ class _Coupling(NamedTuple):
 
     Attributes:
       trusted: traces `[num_draws, num_trusted]`; members: `[num_classes, num_trusted]` of zeros and ones.
-      mean, root: of the trace map.
+      mean, root, least: of the trace map.
     """
 
     trusted: jax.Array
     members: jax.Array
     mean: jax.Array
     root: jax.Array
+    least: jax.Array
 
     @classmethod
     def of(cls, scorer: Scorer) -> _Coupling:
         classes, (num_draws, count) = scorer.trusted_classes, scorer.trusted.shape
         members = np.ones((1, count)) if classes is None else np.unique(classes)[:, None] == classes
-        mean, root = scorer.trace_map or (np.zeros(num_draws), np.eye(num_draws))
-        return cls(*(jnp.asarray(x, jnp.float32) for x in (scorer.map(scorer.trusted), members, mean, root)))
+        trace_map = scorer.trace_map or TraceMap(np.zeros(num_draws), np.eye(num_draws), 1.0)
+        return cls(*(jnp.asarray(x, jnp.float32) for x in (scorer.map(scorer.trusted), members, *trace_map)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _couple(name: str, traces: Traces, known: _Coupling, losses: jax.Array) -> jax.Array:
     """Float32 `[n]` of losses `[num_draws, n]`; not standardized, which would not change the way it rises."""
     pair, reduction, _ = lookup(name)
-    y = losses if traces == "raw" else jnp.sign(losses) * jnp.log1p(jnp.abs(losses) / SMALL_LOSS)
+    y = losses
+    if traces != "raw":  # log1p(losses / least) would leave float32
+        y = jnp.sign(losses) * (jnp.log(jnp.abs(losses) + known.least) - jnp.log(known.least))
     x, y = known.trusted, known.root @ (y - known.mean[:, None])
     measure = (x - x.mean(0, keepdims=True)).T @ (y - y.mean(0, keepdims=True)) / len(y)
     x_variance, y_variance = x.var(0)[:, None], y.var(0)[None]
