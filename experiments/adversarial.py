@@ -48,6 +48,7 @@ def _weight(text: str) -> float:
 common.define_training_flags()
 common.define_list("attack", _ATTACKS, _ATTACKS, "Attacks; margin is PGD on the margin loss.")
 common.define_seeds()
+common.define_detectors(with_ours=True)
 common.define_weights("Weights: torch, safetensors or orbax; a model is trained if not given.")
 flags.DEFINE_bool("targeted", False, "Lead every image to the class after its own, instead of to any other.")
 flags.DEFINE_float("epsilon", None, "∞-norm, in levels of 0..255; 8, and 32 for digits, if not given.")
@@ -59,10 +60,12 @@ common.define_texts("weight", ["0", "0.5", "0.9", "1"], _weight, "Of the detecto
 flags.DEFINE_integer("num_attack_draws", 8, "Draws that a step of the adaptive attack differentiates.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
 common.define_detection_flags()
+# what is no backdoor shows in how sure the model is as well, which a smaller perturbation leaves in the traces
+flags.FLAGS.set_default("retained", 0.8)
 
 _OWN_FLAGS = [
-    "attack", "seed", "checkpoint", "normalization", "targeted", "epsilon", "epsilon_2", "num_steps", "num_restarts",
-    "num_attacked", "weight", "num_attack_draws",
+    "attack", "seed", "detector", "checkpoint", "normalization", "targeted", "epsilon", "epsilon_2", "num_steps",
+    "num_restarts", "num_attacked", "weight", "num_attack_draws",
 ]  # fmt: skip
 
 
@@ -82,14 +85,15 @@ def main() -> None:
             common.append_line(workdir, f"clean-{seed}", done[f"clean-{seed}"])
     rows = [row for seed in config["seed"] for row in done[f"clean-{seed}"]]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
-    print(f"{'attack':<14} {'seed':>4} {'ACC':>6} {'robust':>6} {'AUROC':>6} {'same':>6} {'FPR':>6} {'TPR':>6} "
-          f"{'evades':>6} {'seconds':>7}")  # fmt: skip
+    print(f"{'attack':<14} {'detector':<21} {'seed':>4} {'ACC':>6} {'robust':>6} {'AUROC':>6} {'same':>6} {'FPR':>6} "
+          f"{'TPR':>6} {'evades':>6} {'attack s':>8} {'seconds':>7} {'forwards':>8}")  # fmt: skip
     for row in rows:
         figures = [
             row[key] for key in ("acc", "robust", "auroc", "auroc_same_prediction", "realized_fpr", "tpr", "evades")
         ]
         cells = " ".join(f"{'-' if figure is None or np.isnan(figure) else f'{figure:.3f}':>6}" for figure in figures)
-        print(f"{row['attack']:<14} {row['seed']:>4} {cells} {row['attack_seconds']:>7.0f}")
+        print(f"{row['attack']:<14} {row['detector']:<21} {row['seed']:>4} {cells} {row['attack_seconds']:>8.0f} "
+              f"{row['seconds']:>7.1f} {row['forwards_per_example']:>8.1f}")  # fmt: skip
     print(f"\nresults in {workdir}")
 
 
@@ -113,6 +117,7 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
     benign_losses, benign_classes = detector.sweep({"image": pool.images[benign]}, workdir=folder / "benign")
     sweep_seconds = time.perf_counter() - start
     assert benign_classes is not None
+    rivals = list(common.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]}))
     rows = []
     for name, weight in _attacks():
         start = time.perf_counter()
@@ -127,25 +132,32 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
             losses, classes = np.c_[losses, more], np.r_[classes, their]
         is_anomalous = np.arange(len(classes)) >= len(benign)
         scores = detector.score_losses(losses, classes)
+        known: dict[str, Any] = {"accuracy": accuracy, "asr": float(fooled.mean())}
         row = common.result_row(
             label, seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
-            accuracy=accuracy, asr=float(fooled.mean()), sweep_seconds=sweep_seconds,
+            sweep_seconds=sweep_seconds, **known,
         )  # fmt: skip
-        row |= {
-            "robust": accuracy * float(1 - fooled.mean()),
-            "evades": float((~scores.flagged[is_anomalous]).sum() / len(sources)),
-            "mean_anomaly_score": float(scores.anomaly_score[is_anomalous].mean()) if fooled.any() else float("nan"),
-            "weight": weight,
-            "num_attacked": len(sources),
-            "attack_seconds": seconds,
-        }
-        rows.append(row)
+        images = np.concatenate([pool.images[benign], attacked.images[fooled]])
+        judged = [(row, scores)]
+        judged += [common.rival_row(label, seed, rival, images, is_anomalous, **known) for rival in rivals]
+        rows += [
+            row
+            | {
+                "robust": accuracy * float(1 - fooled.mean()),
+                "evades": float((~said.flagged[is_anomalous]).sum() / len(sources)),
+                "mean_anomaly_score": float(said.anomaly_score[is_anomalous].mean()) if fooled.any() else math.nan,
+                "weight": weight,
+                "num_attacked": len(sources),
+                "attack_seconds": seconds,
+            }
+            for row, said in judged
+        ]
         if label == "pgd" and fooled.any():
             title = f"{label}, seed {seed}, {detector.scorer.coupling}"
             report.plot_histogram(folder / "histogram.png", scores, is_anomalous, -detector.threshold(), title)
             shown = np.flatnonzero(fooled)[:8]
             report.plot_gallery(folder / "gallery.png", pool.images[sources[shown]], attacked.images[shown], title)
-    curve = [row for row in rows if row["weight"] is not None]
+    curve = [row for row in rows if row["weight"] is not None and row["detector"] == common.FUNCTIONAL]
     if curve:
         _plot_trade_off(folder / "trade-off.png", curve, f"adaptive PGD, seed {seed}")
     return rows

@@ -167,20 +167,15 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
             if len(counted.anomalous):
                 clean = pool.images[counted.anomalous[:8]]
                 report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
-    for detector_name in (one for one in values.detector if one != common.FUNCTIONAL):
-        start = time.perf_counter()
-        baseline = common.fit_baseline(detector_name, case.loss_fn, case.params, test.trusted)
-        scores = baseline.score({"image": test.images})
-        rows.append(
-            common.baseline_row(
-                name, seed, detector_name, baseline, scores, test.is_anomalous,
-                accuracy=counted.accuracy, asr=counted.asr, seconds=time.perf_counter() - start,
-            )
-        )  # fmt: skip
+    for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted):
+        row, scores = common.rival_row(
+            name, seed, rival, test.images, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
+        )
+        rows.append(row)
         if not shown and hosts.is_first():
             shown = True
-            threshold = -calibration.threshold(-baseline.trusted_scores, values.fpr)
-            _show(folder, name, seed, test, {detector_name: scores}, threshold)
+            threshold = -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)
+            _show(folder, name, seed, test, {rival.name: scores}, threshold)
     return rows
 
 

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,20 +188,39 @@ def _check_chains(values: dict[str, Any]) -> bool:
 FUNCTIONAL = "functional"
 
 
-def define_detectors() -> None:
-    """The flag `detector`, a list."""
+def define_detectors(*, with_ours: bool = False) -> None:
+    """The flag `detector`, a list; `with_ours`: it cannot do without ours, whose traces the driver uses for more."""
     define_list(
         "detector", [FUNCTIONAL], [FUNCTIONAL, *BASELINES], "Detectors: ours and baselines, which have no other flags."
     )
 
+    def check(names: list[str]) -> None:
+        if FUNCTIONAL not in names:
+            raise ValueError(f"wanted {FUNCTIONAL} among them, got {','.join(names)}")
 
-def fit_baseline(name: str, loss_fn: Any, params: Any, trusted: dict[str, Any]) -> Baseline:
-    """A baseline with its published settings, and the flags of calibration; see `Baseline.fit`."""
+    if with_ours:
+        _register_check("detector", check)
+
+
+class Rival(NamedTuple):
+    """A fitted baseline, and the seconds that its fit took."""
+
+    name: str
+    baseline: Baseline
+    seconds: float
+
+
+def fit_rivals(loss_fn: Any, params: Any, trusted: dict[str, Any]) -> Iterator[Rival]:
+    """The baselines of `--detector`, with their published settings and the flags of calibration; see `Baseline.fit`."""
     values = flags.FLAGS
-    return Baseline.fit(
-        baselines.lookup(name), loss_fn, params, trusted, fpr=values.fpr, per_class=values.per_class,
-        batch_size=values.batch_size,
-    )  # fmt: skip
+    for name in values.detector:
+        if name != FUNCTIONAL:
+            start = time.perf_counter()
+            baseline = Baseline.fit(
+                baselines.lookup(name), loss_fn, params, trusted, fpr=values.fpr, per_class=values.per_class,
+                batch_size=values.batch_size,
+            )  # fmt: skip
+            yield Rival(name, baseline, time.perf_counter() - start)
 
 
 PAPER = {
@@ -312,28 +331,29 @@ def result_row(
     }
 
 
-def baseline_row(
+def rival_row(
     attack: str,
     seed: int,
-    name: str,
-    baseline: Baseline,
-    scores: Scores,
+    rival: Rival,
+    images: np.ndarray,
     is_anomalous: np.ndarray,
     *,
     accuracy: float,
     asr: float,
-    seconds: float,
-) -> dict[str, Any]:
-    """The same of a baseline, which has no draws."""
-    num_trusted, forwards = len(baseline.trusted_scores), baseline.statistic.forwards
-    return {
+) -> tuple[dict[str, Any], Scores]:
+    """The same of a baseline, which has no draws, and what it says of the images."""
+    start = time.perf_counter()
+    scores = rival.baseline.score({"image": images})
+    seconds = rival.seconds + time.perf_counter() - start
+    num_trusted, forwards = len(rival.baseline.trusted_scores), rival.baseline.statistic.forwards
+    row = {
         "attack": attack,
-        "detector": name,
+        "detector": rival.name,
         "preset": "",
         "sampler": "-",
         "coupling": "-",
         "seed": seed,
-        **detection_row(scores, is_anomalous, accuracy, asr, baseline.fpr),
+        **detection_row(scores, is_anomalous, accuracy, asr, rival.baseline.fpr),
         "num_draws": 0,
         "sample_forwards": forwards * (num_trusted + len(is_anomalous)),
         "sweep_seconds": seconds,
@@ -344,6 +364,7 @@ def baseline_row(
         "num_benign": int((~is_anomalous).sum()),
         "num_anomalous": int(is_anomalous.sum()),
     }
+    return row, scores
 
 
 def _mixing(detector: Detector, perturbation: Perturbation) -> dict[str, float]:

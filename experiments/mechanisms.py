@@ -56,6 +56,7 @@ def _parse(text: str) -> tuple[list[str], list[int]]:
 common.define_training_flags()
 common.define_texts("backdoors", _DEFAULT, _parse, "Backdoors of one model, comma-separated.")
 common.define_seeds()
+common.define_detectors(with_ours=True)
 flags.DEFINE_float("epsilon", 64.0, "Of the adversarial examples, ∞-norm, in levels of 0..255.")
 flags.DEFINE_float("step_size_attack", 8.0, "Of one of their 40 steps, in levels of 0..255.")
 flags.DEFINE_string("workdir", "runs/mechanisms", "Folder for results.")
@@ -66,7 +67,8 @@ def main() -> None:
     """Runs all cells and prints the table."""
     values = flags.FLAGS
     names = [
-        *common.TRAINING_FLAGS, "backdoors", "seed", "epsilon", "step_size_attack", *common.detection_flag_names(),
+        *common.TRAINING_FLAGS, "backdoors", "seed", "detector", "epsilon", "step_size_attack",
+        *common.detection_flag_names(),
     ]  # fmt: skip
     workdir, config = common.open_workdir(values.workdir, names)
     done = common.finished(workdir)
@@ -74,23 +76,23 @@ def main() -> None:
     for backdoors, seed in cells:
         name = f"{backdoors.replace(':', '-')}-{seed}"
         if name not in done:
-            done[name] = [_run_cell(backdoors, seed, workdir / "models" / name, workdir / "cells" / name)]
+            done[name] = _run_cell(backdoors, seed, workdir / "models" / name, workdir / "cells" / name)
             common.append_line(workdir, name, done[name])
     rows = [row for backdoors, seed in cells for row in done[f"{backdoors.replace(':', '-')}-{seed}"]]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
-    head = (
-        f"{'backdoors':<32} {'seed':>4} {'AUROC':>6} {'TPR':>5} {'mechanisms':>10} {'groups':>6} {'ARI':>6} {'AMI':>6}"
-    )
-    print(f"{head} {'seconds':>7}")
+    head = f"{'backdoors':<32} {'detector':<21} {'seed':>4} {'AUROC':>6} {'TPR':>5} {'seconds':>7} {'forwards':>8}"
+    print(f"{head} {'mechanisms':>10} {'groups':>6} {'ARI':>6} {'AMI':>6}")
     for row in rows:
-        print(
-            f"{row['attack']:<32} {row['seed']:>4} {row['auroc']:>6.3f} {row['tpr']:>5.3f} {row['num_mechanisms']:>10} "
-            f"{row['num_groups']:>6} {row['ari']:>6.3f} {row['ami']:>6.3f} {row['seconds']:>7.0f}"
-        )
+        line = f"{row['attack']:<32} {row['detector']:<21} {row['seed']:>4} {row['auroc']:>6.3f} {row['tpr']:>5.3f} "
+        line += f"{row['seconds']:>7.1f} {row['forwards_per_example']:>8.1f}"
+        if "ari" in row:
+            line += f" {row['num_mechanisms']:>10} {row['num_groups']:>6} {row['ari']:>6.3f} {row['ami']:>6.3f}"
+        print(line)
     print(f"\nresults in {workdir}")
 
 
-def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> dict[str, Any]:
+def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> list[dict[str, Any]]:
+    """The row of ours, with what its groups are worth, and those of its rivals, which tell no groups."""
     values, start = flags.FLAGS, time.perf_counter()
     names, targets = _parse(backdoors)
     case, attacks = cases.train_several(names, targets, seed, common.recipe_from_flags(), model_folder)
@@ -130,10 +132,12 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> di
     kinds = truth[chosen]
     _show(folder, f"{backdoors}, seed {seed}", images[chosen], chosen, kinds, found)
     anomalous = kinds != "benign"
-    return common.result_row(
+    known = {"accuracy": float(right[parts[1]].mean()), "asr": float(np.mean(asrs))}
+    row = common.result_row(
         backdoors, seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
-        accuracy=float(right[parts[1]].mean()), asr=float(np.mean(asrs)), sweep_seconds=sweep_seconds,
-    ) | {
+        sweep_seconds=sweep_seconds, **known,
+    )  # fmt: skip
+    row |= {
         "ari": float(adjusted_rand_score(kinds, found.group)),
         "ami": float(adjusted_mutual_info_score(kinds, found.group)),
         "ari_anomalies": float(adjusted_rand_score(kinds[anomalous], found.group[anomalous])),
@@ -149,8 +153,10 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> di
             }
             for members in found.central
         ],
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+        "cell_seconds": time.perf_counter() - start,
+    }
+    rivals = common.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]})
+    return [row, *(common.rival_row(backdoors, seed, rival, images, is_anomalous, **known)[0] for rival in rivals)]
 
 
 def _show(

@@ -8,9 +8,12 @@ or python -m experiments.score. trusted.npz and test.npz hold `image`, uint8 [n,
 `label` how right the model is. A model of another architecture comes as --loss_fn=package.module:function, your own
 code, which is called with --checkpoint and returns (loss_fn, params), for instance from `madjax.from_nnx`.
 
-Writes config.json, pictures and scores.csv: id, prediction, anomaly_score, p_value, flagged, three nearest trusted ids.
-The detector is kept in detector/, and a second run with the same flags and trusted examples does not fit again. The
-losses lie in fit/ and test-<hash>/ (`madjax.open_traces`); a run that was interrupted goes on from there.
+`--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
+
+Writes config.json, pictures, scores.csv and, for further detectors, scores-<detector>.csv: id, prediction,
+anomaly_score, p_value, flagged, three nearest trusted ids. The detector is kept in detector/, and a second run with the
+same flags and trusted examples does not fit again. The losses lie in fit/ and test-<hash>/ (`madjax.open_traces`); a
+run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from madjax import Detector, from_nnx, hosts, report
+from madjax import Detector, calibration, from_nnx, hosts, report
 from madjax.data import parse_normalization
 from madjax.data.npz import read_npz
 from madjax.interop.guard import shown
@@ -46,9 +49,10 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
+common.define_detectors()
 common.define_detection_flags()
 
-_OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed"]
+_OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed", "detector"]
 
 
 def main() -> None:
@@ -65,32 +69,61 @@ def main() -> None:
     names = [*_OWN_FLAGS, *common.detection_flag_names()]
     digest = hashlib.sha256(np.ascontiguousarray(trusted["image"]).data).hexdigest()
     workdir, config = common.open_workdir(values.workdir, names, {"trusted_sha256": digest})
-    start = time.perf_counter()
-    detector = _detector(workdir / "detector", settings, loss_fn, params, {"image": trusted["image"]}, sampling)
+    is_anomalous = test.get("is_anomalous", np.zeros(len(test["image"]), bool))
+    judged = []
+    if common.FUNCTIONAL in values.detector:
+        judged.append(_ours(workdir, settings, loss_fn, params, trusted["image"], sampling, test))
+    if not hosts.is_first():
+        return
+    for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
+        row, scores = common.rival_row(
+            "unknown", values.seed, rival, test["image"], is_anomalous, accuracy=float("nan"), asr=float("nan")
+        )
+        judged.append((row, scores, -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
+    ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
+    for row, scores, threshold in judged:
+        first, name = row is judged[0][0], row["detector"]
+        path = workdir / ("scores.csv" if first else f"scores-{name}.csv")
+        report.write_scores(path, ids[0], scores, test.get("is_anomalous"), ids[1])
+        if first:
+            title = name if name != common.FUNCTIONAL else row["coupling"]
+            report.plot_histogram(workdir / "histogram.png", scores, is_anomalous, threshold, title)
+            report.plot_flagged(workdir / "flagged.png", test["image"], scores, is_anomalous, "least explained")
+        print(f"{name}: {scores.flagged.sum()} of {len(scores.flagged)} flagged at {values.fpr:.1%}")
+        row["acc"] = _accuracy(scores, test)
+    if "is_anomalous" in test:
+        rows = [row for row, *_ in judged]
+        report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
+        print(report.table(rows))
+    print(f"results in {workdir}")
+
+
+def _ours(
+    workdir: Path,
+    settings: common.Settings,
+    loss_fn: Any,
+    params: Any,
+    trusted: np.ndarray,
+    sampling: dict[str, np.ndarray] | None,
+    test: dict[str, np.ndarray],
+) -> tuple[dict[str, Any], Scores, float]:
+    """Row, scores and threshold of our detector, which is fitted, or read from `workdir`; all hosts take part."""
+    values, start = flags.FLAGS, time.perf_counter()
+    detector = _detector(workdir / "detector", settings, loss_fn, params, {"image": trusted}, sampling)
     # one host reads all of them for this, and the others only those that they sweep
     digest = hosts.first(
         hashlib.sha256(np.ascontiguousarray(test["image"]).data).hexdigest()[:12] if hosts.is_first() else ""
     )
     losses, classes = detector.sweep({"image": test["image"]}, workdir=workdir / f"test-{digest}", progress=True)
-    if not hosts.is_first():
-        return
     seconds = time.perf_counter() - start
     scores = detector.score_losses(losses, classes)
-    ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
-    report.write_scores(workdir / "scores.csv", ids[0], scores, test.get("is_anomalous"), ids[1])
-    is_anomalous = test.get("is_anomalous", np.zeros(len(losses[0]), bool))
-    report.plot_histogram(workdir / "histogram.png", scores, is_anomalous, -detector.threshold(), values.coupling[0])
-    report.plot_flagged(workdir / "flagged.png", test["image"], scores, is_anomalous, "least explained")
-    print(f"{scores.flagged.sum()} of {len(scores.flagged)} flagged at {detector.fpr:.1%}")
-    if "is_anomalous" in test:
-        row = common.result_row(
-            "unknown", values.seed, settings, values.coupling[0], detector, scores, is_anomalous,
-            # how often a trigger works cannot be told from those that do
-            accuracy=_accuracy(scores, test), asr=float("nan"), sweep_seconds=seconds,
-        )  # fmt: skip
-        report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": [row]})
-        print(report.table([row]))
-    print(f"results in {workdir}")
+    # how often a trigger works cannot be told from those that do
+    row = common.result_row(
+        "unknown", values.seed, settings, detector.scorer.coupling, detector, scores,
+        test.get("is_anomalous", np.zeros(len(losses[0]), bool)),
+        accuracy=float("nan"), asr=float("nan"), sweep_seconds=seconds,
+    )  # fmt: skip
+    return row, scores, -detector.threshold()
 
 
 def cli() -> None:
@@ -156,9 +189,9 @@ def _detector(
 
 
 def _accuracy(scores: Scores, test: dict[str, np.ndarray]) -> float:
-    """Of the model on benign examples, where their labels are known."""
-    benign = ~test["is_anomalous"]
-    if "label" not in test or not benign.any():
+    """Of the model on benign examples, where it is known which these are, and their labels."""
+    benign = ~test.get("is_anomalous", np.ones(len(scores.flagged), bool))
+    if "label" not in test or not benign.any() or scores.prediction is None:
         return float("nan")
     return float((scores.prediction == test["label"])[benign].mean())
 

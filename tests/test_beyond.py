@@ -19,9 +19,11 @@ def results(workdir):
 
 
 def test_mechanisms(here, tmp_path):
-    given = ["--backdoors=badnet:0+sig:1", f"--workdir={tmp_path}", *SMALL]
+    given = ["--backdoors=badnet:0+sig:1", "--detector=functional,msp", f"--workdir={tmp_path}", *SMALL]
     printed = here("mechanisms", *given)
-    (row,) = results(tmp_path)
+    row, rival = results(tmp_path)
+    assert (row["detector"], rival["detector"], rival["num_anomalous"]) == ("functional", "msp", row["num_anomalous"])
+    assert rival["forwards_per_example"] == 1
     assert row["auroc"] > 0.7
     assert row["num_mechanisms"] == 3
     assert row["num_groups"] == len(row["groups"]) > 0
@@ -41,9 +43,13 @@ def test_mechanisms(here, tmp_path):
 
 def test_adversarial(here, tmp_path):
     given = ["--attack=fgsm,adaptive", "--weight=0,1", "--num_attacked=24", "--num_steps=4", f"--workdir={tmp_path}"]
-    printed = here("adversarial", *given, *SMALL)
-    rows = results(tmp_path)
-    assert [row["attack"] for row in rows] == ["fgsm", "adaptive 0", "adaptive 1"]
+    printed = here("adversarial", "--detector=functional,energy", *given, *SMALL)
+    everyone = results(tmp_path)
+    rows, rivals = everyone[::2], everyone[1::2]
+    assert [row["attack"] for row in rows] == [row["attack"] for row in rivals] == ["fgsm", "adaptive 0", "adaptive 1"]
+    assert {row["detector"] for row in rivals} == {"energy"}
+    assert [row["robust"] for row in rows] == [row["robust"] for row in rivals]
+    assert rows[0]["auroc"] != rivals[0]["auroc"]
     for row in rows:
         assert row["robust"] == pytest.approx(row["acc"] * (1 - row["asr"]))
         assert row["evades"] <= row["asr"] + 1e-9
@@ -86,6 +92,7 @@ def test_images_of_another_size_are_resized_only_when_asked(driver, tmp_path):
         ("mechanisms", "--backdoors=badnet:0+badnets:1", "wanted attack:target"),
         ("mechanisms", "--backdoors=badnet:0+sig:x", "wanted attack:target"),
         ("adversarial", "--attack=pdg", "wanted some of fgsm, pgd"),
+        ("adversarial", "--detector=msp", "wanted functional among them, got msp"),
         ("adversarial", "--weight=0,7", "wanted 0 to 1, got '7'"),
         ("adversarial", "--weight=0,0", "wanted one or more, each once, got '0,0'"),
         ("ood", "--detector=mps", "wanted some of msp"),

@@ -362,8 +362,16 @@ def test_score(own_model, scored, tmp_path, finished):
 def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
-    driver("score", "--loss_fn=tests.own_model:load", *given).main()
-    assert (tmp_path / "scores.csv").exists()
+    driver("score", "--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", *given).main()
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["detector"] for row in rows] == ["functional", "msp", "knn"]
+    assert [row["forwards_per_example"] for row in rows[1:]] == [1, 1]
+    scored = {}
+    for name in ("scores.csv", "scores-msp.csv", "scores-knn.csv"):
+        with (tmp_path / name).open() as file:
+            scored[name] = [line["anomaly_score"] for line in csv.DictReader(file)]
+    assert {len(scores) for scores in scored.values()} == {40}
+    assert scored["scores.csv"] != scored["scores-msp.csv"] != scored["scores-knn.csv"]
 
 
 def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
