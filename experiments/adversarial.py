@@ -61,7 +61,7 @@ flags.DEFINE_integer("num_attack_draws", 8, "Draws that a step of the adaptive a
 flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
 common.define_detection_flags()
 # what is no backdoor shows in how sure the model is as well, which a smaller perturbation leaves in the traces
-flags.FLAGS.set_default("retained", 0.8)
+flags.FLAGS.set_default("retained", 0.95)
 
 _OWN_FLAGS = [
     "attack", "seed", "detector", "checkpoint", "normalization", "targeted", "epsilon", "epsilon_2", "num_steps",
@@ -139,7 +139,7 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
         )  # fmt: skip
         images = np.concatenate([pool.images[benign], attacked.images[fooled]])
         judged = [(row, scores)]
-        judged += [common.rival_row(label, seed, rival, images, is_anomalous, **known) for rival in rivals]
+        judged += [common.rival_row(label, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals]
         rows += [
             row
             | {

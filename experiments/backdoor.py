@@ -169,7 +169,7 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
                 report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
     for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted):
         row, scores = common.rival_row(
-            name, seed, rival, test.images, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
+            name, seed, rival, {"image": test.images}, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
         )
         rows.append(row)
         if not shown and hosts.is_first():

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,11 +188,9 @@ def _check_chains(values: dict[str, Any]) -> bool:
 FUNCTIONAL = "functional"
 
 
-def define_detectors(*, with_ours: bool = False) -> None:
+def define_detectors(rivals: Iterable[str] = BASELINES, *, with_ours: bool = False) -> None:
     """The flag `detector`, a list; `with_ours`: it cannot do without ours, whose traces the driver uses for more."""
-    define_list(
-        "detector", [FUNCTIONAL], [FUNCTIONAL, *BASELINES], "Detectors: ours and baselines, which have no other flags."
-    )
+    define_list("detector", [FUNCTIONAL], [FUNCTIONAL, *rivals], "Detectors: ours and baselines, which have no flags.")
 
     def check(names: list[str]) -> None:
         if FUNCTIONAL not in names:
@@ -335,15 +333,15 @@ def rival_row(
     attack: str,
     seed: int,
     rival: Rival,
-    images: np.ndarray,
+    test: dict[str, Any],
     is_anomalous: np.ndarray,
     *,
     accuracy: float,
     asr: float,
 ) -> tuple[dict[str, Any], Scores]:
-    """The same of a baseline, which has no draws, and what it says of the images."""
+    """The same of a baseline, which has no draws, and what it says of the test examples."""
     start = time.perf_counter()
-    scores = rival.baseline.score({"image": images})
+    scores = rival.baseline.score(test)
     seconds = rival.seconds + time.perf_counter() - start
     num_trusted, forwards = len(rival.baseline.trusted_scores), rival.baseline.statistic.forwards
     row = {

@@ -9,6 +9,8 @@ on, and ask a detector that knows trusted prompts alone which completions anothe
 arXiv 2604.18970 says, usual prompts that fire and triggered ones that do not are left out. ACC is the share of usual
 prompts that do not fire, ASR that of triggered ones that do. The third scores prompts of your own.
 
+`--detector=functional,mahalanobis_last,vae_completion` puts rivals that look at hidden states into the same table.
+
 Writes config.json, results.json, scores.csv (a row a prompt) and, for the prompts that stand out most, tokens.html:
 which tokens of a completion the trusted prompts do not explain. A second run with the same --workdir resumes.
 """
@@ -36,6 +38,7 @@ from experiments.language_models import (
 )
 from madjax import Detector, loss_matrix, report
 from madjax.attacks.text import TEXT_BACKDOORS
+from madjax.baselines import HIDDEN
 from madjax.coupling import couplings
 from madjax.data.text import load_prompts
 from madjax.losses import SequenceLoss, TokenLoss, from_decoder, token_examples
@@ -43,6 +46,7 @@ from madjax.scorer import Scores
 
 common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
 common.define_seeds()
+common.define_detectors(HIDDEN, with_ours=True)
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file.")
 flags.DEFINE_string("adapter", None, "Folder of a PEFT LoRA adapter for --model; with --trusted and --test.")
 flags.DEFINE_string("data_dir", None, "Folder with text/lima.json and text/alpaca_en_demo.json.")
@@ -67,14 +71,14 @@ flags.FLAGS.set_default("coupling", ["topk_ccc", "cluster_ccc"])
 flags.FLAGS.set_default("batch_size", 32)
 flags.FLAGS.set_default("num_draws", 64)
 
+_OWN_FLAGS = ["backdoor", "seed", "detector", "model", "adapter", "data_dir", "trusted", "test", "num_prompts"]
 _SHOWN = 12
 
 
 def main() -> None:
     """Runs all cells, or scores the prompts that were given."""
     values = flags.FLAGS
-    own = ["backdoor", "seed", "model", "adapter", "data_dir", "trusted", "test", "num_prompts", *_RECIPE_FLAGS]
-    workdir, config = common.open_workdir(values.workdir, [*own, *common.detection_flag_names()])
+    workdir, config = common.open_workdir(values.workdir, [*_OWN_FLAGS, *_RECIPE_FLAGS, *common.detection_flag_names()])
     if (values.trusted is None) != (values.test is None):
         raise ValueError("trusted: wanted it and test, or neither")
     if values.trusted is not None:
@@ -123,13 +127,15 @@ def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         for coupling in settings.coupling
     }
     _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case)
-    return [
+    known = {"accuracy": float(accuracy), "asr": float(asr)}
+    rows = [
         common.result_row(
-            name, seed, settings, coupling, detector, scores, is_anomalous,
-            accuracy=float(accuracy), asr=float(asr), sweep_seconds=seconds,
+            name, seed, settings, coupling, detector, scores, is_anomalous, sweep_seconds=seconds, **known
         )
         for coupling, scores in named.items()
-    ]  # fmt: skip
+    ]
+    rivals = common.fit_rivals(case.loss_fn, case.params, trusted.batch)
+    return rows + [common.rival_row(name, seed, rival, test.batch, is_anomalous, **known)[0] for rival in rivals]
 
 
 def _score(workdir: Path) -> None:

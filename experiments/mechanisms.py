@@ -156,7 +156,8 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> li
         "cell_seconds": time.perf_counter() - start,
     }
     rivals = common.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]})
-    return [row, *(common.rival_row(backdoors, seed, rival, images, is_anomalous, **known)[0] for rival in rivals)]
+    judged = [common.rival_row(backdoors, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals]
+    return [row, *(row for row, _ in judged)]
 
 
 def _show(

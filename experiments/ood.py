@@ -67,7 +67,7 @@ common.define_list("parts", ["coupling", "energy", "knn"], ["coupling", *BASELIN
 flags.DEFINE_string("workdir", "runs/ood", "Folder for results.")
 common.define_detection_flags()
 # what is no backdoor shows in how sure the model is as well, which a smaller perturbation leaves in the traces
-flags.FLAGS.set_default("retained", 0.8)
+flags.FLAGS.set_default("retained", 0.95)
 
 _OWN_FLAGS = ["seed", "checkpoint", "normalization", "near", "far", "jpeg", "resize", "num_ood", "detector", "parts"]
 

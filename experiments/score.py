@@ -77,7 +77,13 @@ def main() -> None:
         return
     for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
         row, scores = common.rival_row(
-            "unknown", values.seed, rival, test["image"], is_anomalous, accuracy=float("nan"), asr=float("nan")
+            "unknown",
+            values.seed,
+            rival,
+            {"image": test["image"]},
+            is_anomalous,
+            accuracy=float("nan"),
+            asr=float("nan"),
         )
         judged.append((row, scores, -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))

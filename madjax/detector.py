@@ -120,7 +120,7 @@ class Detector:
         trusted = explain(loss_fn, params, trusted, "trusted")
         examples, count = trusted, num_examples(trusted)
         if test is not None:
-            check_shapes(test, _example_shapes(trusted))
+            check_shapes(test, example_shapes(trusted))
             test = explain(loss_fn, params, test, "examples")
             examples = jax.tree.map(_Joined, trusted, test)
         if sampling is not None:
@@ -156,7 +156,7 @@ class Detector:
             layout,
             batch_size,
             model_shards,
-            _example_shapes(trusted),
+            example_shapes(trusted),
             None if test is None else (losses[:, count:], _classes(test)),
         )
 
@@ -335,7 +335,7 @@ def check_examples(examples: Batch, name: str) -> None:
 
 def check_shapes(examples: Batch, wanted: dict[str, list[int]]) -> None:
     """Raises ValueError unless examples have the arrays and shapes of the trusted ones, but for their number."""
-    shapes = _example_shapes(examples)
+    shapes = example_shapes(examples)
     if shapes.keys() != wanted.keys():
         raise ValueError(f"examples: wanted the arrays {', '.join(wanted)} as in trusted, got {', '.join(shapes)}")
     for name, shape in shapes.items():
@@ -345,7 +345,8 @@ def check_shapes(examples: Batch, wanted: dict[str, list[int]]) -> None:
             raise ValueError(f"examples/{name}: wanted shape [n, {inner}] as in trusted, got {[count, *shape]}")
 
 
-def _example_shapes(examples: Batch) -> dict[str, list[int]]:
+def example_shapes(examples: Batch) -> dict[str, list[int]]:
+    """The shape of one example by path, without the label."""
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape[1:])
         for path, leaf in jax.tree_util.tree_leaves_with_path(examples)

@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_told(digits_model, images):
     model = Model(*digits_model)
     with pytest.raises(ValueError, match=r"^layer: the model has no 'conv3'; near are .*conv2"):
         model.find("conv3", images)
-    with pytest.raises(ValueError, match=r"^loss_fn: wanted one of from_nnx or from_linen"):
+    with pytest.raises(ValueError, match=r"^loss_fn: wanted one of from_nnx, from_linen or from_decoder"):
         Model(lambda params, batch: batch, {})
 
 

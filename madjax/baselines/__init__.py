@@ -8,6 +8,7 @@ from madjax.baselines import output
 from madjax.baselines.baseline import Baseline, Statistic
 from madjax.baselines.gradient import GradientCosine, GradientNorm
 from madjax.baselines.gram import Beatrix, Gram
+from madjax.baselines.hidden import HIDDEN
 from madjax.baselines.influence import Influence
 from madjax.baselines.inputs import STRIP, ScaleUp, TeCo
 from madjax.baselines.knn import KNN
@@ -49,14 +50,19 @@ BASELINES: dict[str, Statistic] = {
 }
 
 __all__ = [
-    "BASELINES", "KNN", "LOF", "STRIP", "TED", "VAE", "Baseline", "Beatrix", "ClassMahalanobis", "GradientCosine",
-    "GradientNorm", "Gram", "Influence", "Isolation", "Mahalanobis", "Model", "QuantumEntropy", "RelativeMahalanobis",
-    "ScaleUp", "Spectral", "Statistic", "TeCo", "ViM", "lookup",
+    "BASELINES", "HIDDEN", "KNN", "LOF", "STRIP", "TED", "VAE", "Baseline", "Beatrix", "ClassMahalanobis",
+    "GradientCosine", "GradientNorm", "Gram", "Influence", "Isolation", "Mahalanobis", "Model", "QuantumEntropy",
+    "RelativeMahalanobis", "ScaleUp", "Spectral", "Statistic", "TeCo", "ViM", "lookup",
 ]  # fmt: skip
 
 
 def lookup(name: str) -> Statistic:
-    """The baseline of that name with its published settings; a ValueError lists the known ones."""
-    if name not in BASELINES:
-        raise ValueError(f"detector: wanted one of {', '.join(BASELINES)}, got {name!r}")
-    return BASELINES[name]
+    """The baseline of that name with its published settings, of classifiers or language models (`HIDDEN`).
+
+    Raises:
+      ValueError: where there is none; the message lists the known ones.
+    """
+    known = BASELINES | HIDDEN
+    if name not in known:
+        raise ValueError(f"detector: wanted one of {', '.join(known)}, got {name!r}")
+    return known[name]

@@ -15,13 +15,13 @@ import numpy as np
 
 from madjax import calibration
 from madjax.baselines.model import Model
-from madjax.detector import check_examples, check_parameters, check_shapes
-from madjax.losses import ClassificationLoss
+from madjax.detector import check_examples, check_parameters, check_shapes, example_shapes
+from madjax.losses import ClassificationLoss, SequenceLoss
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.scorer import Scores
 from madjax.types import Batch, Params, num_examples
 
-# a dict of arrays [n, ...] on the host; "logits" is always there
+# a dict of arrays [n, ...] on the host; of a classifier "logits" is always there
 Observed = dict[str, Any]
 
 # anomaly scores [n], high = anomalous
@@ -39,8 +39,11 @@ class Statistic:
         """Forward passes of one example; a gradient counts as three."""
         return 1
 
-    def observe(self, model: Model, images: np.ndarray, trusted: np.ndarray) -> Observed:
-        """What the statistic has to know of each image, whatever the fit; `trusted` are the trusted images."""
+    def observe(self, model: Model, images: Any, trusted: Any) -> Observed:
+        """What the statistic has to know of each image, whatever the fit; `trusted` are the trusted images.
+
+        Of a language model it is given batches of `SequenceLoss` instead of images.
+        """
         raise NotImplementedError
 
     def fit(self, trusted: Observed) -> Anomaly:
@@ -68,7 +71,7 @@ class Baseline:
     >>> baseline.score({"image": images}).flagged  # doctest: +SKIP
 
     Attributes:
-      trusted_images, trusted: the trusted examples and what was observed of them.
+      trusted_examples, trusted: images or sequences, and what was observed of them.
       trusted_scores: anomaly scores `[num_trusted]`, each by a fit that did not see the example.
       anomaly: the score, fitted on all trusted examples.
       fpr, per_class: as for the Detector.
@@ -76,7 +79,7 @@ class Baseline:
 
     statistic: Statistic
     model: Model
-    trusted_images: np.ndarray
+    trusted_examples: Batch
     trusted: Observed
     trusted_scores: np.ndarray
     anomaly: Anomaly
@@ -87,7 +90,7 @@ class Baseline:
     def fit(
         cls,
         statistic: Statistic,
-        loss_fn: ClassificationLoss,
+        loss_fn: ClassificationLoss | SequenceLoss,
         params: Params,
         trusted: Batch,
         *,
@@ -99,8 +102,9 @@ class Baseline:
 
         Args:
           statistic: of `BASELINES`, or another one.
-          loss_fn, params: from `from_nnx` or `from_linen`.
-          trusted: `{"image": [num_trusted, ...]}`; labels in it are ignored, the model's own prediction counts.
+          loss_fn, params: from `from_nnx`, `from_linen` or `from_decoder`.
+          trusted: `{"image": [num_trusted, ...]}`, of which labels are ignored, as the model's own prediction counts;
+            or sequences, for a language model.
           batch_size: images of one forward pass.
 
         Raises:
@@ -112,22 +116,25 @@ class Baseline:
             raise ValueError(f"trusted: wanted a few hundred examples, got {num_examples(trusted)}")
         check_examples(trusted, "trusted")
         check_parameters(params)
-        model, images = Model(loss_fn, params, batch_size), np.asarray(trusted["image"])
-        observed = statistic.observe(model, images, images)
+        if per_class and isinstance(loss_fn, SequenceLoss):
+            raise ValueError("per_class: wanted a classifier, got a language model, whose outputs have no class")
+        model, examples = Model(loss_fn, params, batch_size), _without_label(trusted)
+        observed = statistic.observe(model, _inputs(examples), _inputs(examples))
         anomaly = statistic.fit(observed)
-        return cls(statistic, model, images, observed, cross_fitted(statistic, observed), anomaly, fpr, per_class)
+        return cls(statistic, model, examples, observed, cross_fitted(statistic, observed), anomaly, fpr, per_class)
 
     def score(self, examples: Batch) -> Scores:
         """Scores new examples, of the shapes of the trusted ones. No nearest trusted examples are told: `[n, 0]`."""
         check_examples(examples, "examples")
-        check_shapes({"image": examples["image"]}, {"image": list(self.trusted_images.shape[1:])})
-        observed = self.statistic.observe(self.model, np.asarray(examples["image"]), self.trusted_images)
+        examples = _without_label(examples)
+        check_shapes(examples, example_shapes(self.trusted_examples))
+        observed = self.statistic.observe(self.model, _inputs(examples), _inputs(self.trusted_examples))
         trusted_scores, anomaly = self.trusted_scores, self.anomaly
         if isinstance(self.statistic, Transductive):
             # all are in the pool, so that a benign example is like a trusted one
             statistic = self.statistic.given(jax.tree.map(_joined, self.trusted, observed))
             trusted_scores, anomaly = cross_fitted(statistic, self.trusted), _quietly(statistic.fit, self.trusted)
-        scores, classes = in_blocks(anomaly, observed), predicted(observed)
+        scores, classes = in_blocks(anomaly, observed), predicted(observed) if "logits" in observed else None
         p_value = calibration.p_values(
             -trusted_scores,
             -scores,
@@ -135,6 +142,15 @@ class Baseline:
             classes=classes if self.per_class else None,
         )
         return Scores(scores, p_value, p_value <= self.fpr, classes, np.zeros((len(scores), 0), int))
+
+
+def _without_label(examples: Batch) -> Batch:
+    return {name: np.asarray(array) for name, array in examples.items() if name != "label"}
+
+
+def _inputs(examples: Batch) -> Any:
+    """Images alone, or the batch of a language model."""
+    return examples.get("image", examples)
 
 
 def cross_fitted(statistic: Statistic, trusted: Observed, num_folds: int = 10) -> np.ndarray:

@@ -42,18 +42,12 @@ class Beatrix(Statistic):
 
     def fit(self, trusted: Observed) -> Anomaly:
         """Fits the range of every entry in every class."""
-
-        def deviations(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            median = np.median(values, axis=0)
-            mad = np.median(np.abs(values - median), axis=0)
-            return median - 10 * mad, median + 10 * mad
-
-        bounds = _by_class(trusted["grams"], predicted(trusted), deviations)
+        bounds = _by_class(trusted["grams"], predicted(trusted), median_bounds)
         # the published figure counts the entries of a whole matrix, half of them
         size = trusted["grams"].shape[1] / len(_ORDERS)
         channels = (np.sqrt(8 * size + 1) - 1) / 2
         return lambda observed: (
-            _outside(observed["grams"], predicted(observed), bounds) / (channels**2 / 2) / len(_ORDERS)
+            outside(observed["grams"], predicted(observed), bounds) / (channels**2 / 2) / len(_ORDERS)
         )
 
 
@@ -79,17 +73,24 @@ class Gram(Statistic):
         for name, grams in trusted["grams"].items():
             bounds = _by_class(grams[~aside], classes[~aside], lambda values: (values.min(axis=0), values.max(axis=0)))
             judged = aside if aside.any() else ~aside
-            mean = _outside(grams[judged], classes[judged], bounds).mean()
+            mean = outside(grams[judged], classes[judged], bounds).mean()
             layers.append((name, bounds, mean + _EPSILON))
 
         def anomaly(observed: Observed) -> np.ndarray:
             own = predicted(observed)
             return sum(
-                (_outside(observed["grams"][name], own, bounds) / mean for name, bounds, mean in layers),
+                (outside(observed["grams"][name], own, bounds) / mean for name, bounds, mean in layers),
                 np.zeros(len(own)),
             )
 
         return anomaly
+
+
+def median_bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median ± 10 median absolute deviations of each column."""
+    median = np.median(values, axis=0)
+    mad = np.median(np.abs(values - median), axis=0)
+    return median - 10 * mad, median + 10 * mad
 
 
 def upper_triangles(array: jax.Array) -> jax.Array:
@@ -125,7 +126,7 @@ def _by_class(values: np.ndarray, classes: np.ndarray, bounds: Any) -> dict[int 
     return {None: bounds(values)} | {int(label): bounds(values[classes == label]) for label in np.unique(classes)}
 
 
-def _outside(values: np.ndarray, classes: np.ndarray, bounds: dict[int | None, Any]) -> np.ndarray:
+def outside(values: np.ndarray, classes: np.ndarray, bounds: dict[int | None, Any]) -> np.ndarray:
     """Float64 `[n]`: how far values lie outside of their bounds, relative to them, summed over entries."""
     result = np.zeros(len(values))
     for label in np.unique(classes):

@@ -67,7 +67,7 @@ class Influence(Statistic):
         return anomaly
 
     def _eigenvectors(self, model: Model, trusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        product = partial(_hessian_product, model.loss_fn.module, model.params, jnp.asarray(trusted))
+        product = partial(_hessian_product, model.network, model.params, jnp.asarray(trusted))
         size = model.read(Gradient(), trusted[:1])["gradient"].shape[1]
         values, vectors = leading_eigenvectors(product, size, self.num_iterations, self.seed)
         chosen = np.argsort(-values)[: self.num_eigenvectors]

@@ -1,4 +1,4 @@
-"""A classifier as the baselines read it: logits, inputs and outputs of any layer, or anything else of each image.
+"""A model as the baselines read it: logits, inputs and outputs of any layer, or anything else of each example.
 
 The model is not edited. Layers are found by path, for instance `block3/layers/0/conv1`; `PATH:input` is what that layer
 was called with. A layer that is called more than once shows its last call.
@@ -19,16 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from madjax.losses import ClassificationLoss, Network
+from madjax.losses import ClassificationLoss, Network, SequenceLoss
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.restrict import path_names
-from madjax.types import Params
+from madjax.types import Params, num_examples
 
 # what is read of all images is kept on disk instead of in memory from so many bytes an array on
 MAX_BYTES_IN_MEMORY = 2**30
 
-# (network, params, images) -> pytree of arrays [n, ...]; hashable, and equal where it computes the same
-Reading = Callable[[Network, Params, jax.Array], Any]
+# (network, params, images) -> pytree of arrays [n, ...]; hashable, and equal where it computes the same. Of a language
+# model it is given the graphdef and a batch of `SequenceLoss`.
+Reading = Callable[[Any, Params, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,32 +37,42 @@ class Model:
     """A model, read `batch_size` images at a time by one compiled program.
 
     Attributes:
-      loss_fn, params: from `from_nnx` or `from_linen`.
+      loss_fn, params: from `from_nnx`, `from_linen` or `from_decoder`.
     """
 
-    loss_fn: ClassificationLoss
+    loss_fn: ClassificationLoss | SequenceLoss
     params: Params
     batch_size: int = 256
 
     def __post_init__(self):
-        if not hasattr(getattr(self.loss_fn, "module", None), "apply_watched"):
+        if not (isinstance(self.loss_fn, SequenceLoss) or hasattr(self.network, "apply_watched")):
             raise ValueError(
-                f"loss_fn: wanted one of from_nnx or from_linen, whose logits can be read, got {self.loss_fn!r}"
+                "loss_fn: wanted one of from_nnx, from_linen or from_decoder, whose layers can be read, got "
+                f"{self.loss_fn!r}"
             )
 
-    def read(self, reading: Reading, images: np.ndarray) -> Any:
-        """What `reading` makes of all images, on the host; arrays too large for memory lie in a temporary file.
+    @property
+    def network(self) -> Any:
+        """What a `Reading` is given: the `Network` of a classifier, the graphdef of a decoder."""
+        return getattr(self.loss_fn, "graphdef" if isinstance(self.loss_fn, SequenceLoss) else "module", None)
+
+    def read(self, reading: Reading, examples: Any) -> Any:
+        """What `reading` makes of all examples, on the host; arrays too large for memory lie in a temporary file.
+
+        Args:
+          examples: images, or a batch of `SequenceLoss`.
 
         Raises:
           FloatingPointError: where it is not finite.
         """
-        count, result = len(images), None
+        count, result = num_examples(examples), None
         for start in range(0, count, self.batch_size):
-            block = np.asarray(images[start : start + self.batch_size])
-            size = len(block)
+            block = jax.tree.map(lambda leaf, i=start: np.asarray(leaf[i : i + self.batch_size]), examples)
+            size = num_examples(block)
             if size < self.batch_size < count:  # so that one program serves all
-                block = np.concatenate([block, np.repeat(block[:1], self.batch_size - size, axis=0)])
-            values = jax.device_get(_read(reading, self.loss_fn.module, self.params, jnp.asarray(block)))
+                more = self.batch_size - size
+                block = jax.tree.map(lambda leaf, n=more: np.concatenate([leaf, np.repeat(leaf[:1], n, axis=0)]), block)
+            values = jax.device_get(_read(reading, self.network, self.params, jax.tree.map(jnp.asarray, block)))
             result = jax.tree.map(partial(_allocate, count), values) if result is None else result
             for whole, part in zip(jax.tree.leaves(result), jax.tree.leaves(values), strict=True):
                 ensure_finite(part[:size], "what was read of the model")
@@ -117,7 +128,7 @@ class Model:
         found = []
 
         def watch(params: Params, image: jax.Array) -> None:
-            _, arrays, head = _watch(self.loss_fn.module, params, image)
+            _, arrays, head = _watch(self.network, params, image)
             found.append(({name: array.shape[1:] for name, array in arrays.items()}, head))
 
         # two, so that an array of one row is not taken for one of one image
@@ -163,8 +174,8 @@ def _watch(network: Network, params: Params, image: jax.Array) -> tuple[jax.Arra
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _read(reading: Reading, network: Network, params: Params, image: jax.Array) -> Any:
-    return reading(network, params, image)
+def _read(reading: Reading, network: Any, params: Params, examples: Any) -> Any:
+    return reading(network, params, examples)
 
 
 def _allocate(count: int, block: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,28 +41,39 @@ class TED(Statistic):
             same = predicted(observed)[:, None] == classes
             result = []
             for name, values in observed["layers"].items():
-                distances = pairwise_distances(values.astype(np.float64), trusted["layers"][name].astype(np.float64))
-                if own:
-                    np.fill_diagonal(distances, np.inf)
+                distances = distances_to(values, trusted["layers"][name], own=own)
                 nearest = np.where(same, distances, np.inf).min(axis=1, keepdims=True)
                 rank = (distances < nearest).sum(axis=1)
                 result.append(np.where(np.isinf(nearest[:, 0]), len(classes), rank))
             return np.stack(result, axis=1).astype(np.float64)
 
-        trajectories = ranks(trusted, own=True)
-        scaler = StandardScaler().fit(trajectories)
-        components = PCA().fit(scaler.transform(trajectories))
-        share = components.explained_variance_ratio_
-        # of what does not vary among the trusted examples, nothing can be said in these units
-        varies = np.nan_to_num(share) > 1e-6
-        axes, share = np.asarray(components.components_)[varies], share[varies]
+        judge = judged_by_components(ranks(trusted, own=True))
+        return lambda observed: judge(ranks(observed, own=False))
 
-        def anomaly(observed: Observed) -> np.ndarray:
-            return (pairwise_distances(scaler.transform(ranks(observed, own=False)), axes) / share).sum(axis=1)
 
-        if not len(axes):
-            raise ValueError("trusted: all have the same rank in every layer, wanted more examples or other ones")
-        return anomaly
+def distances_to(values: np.ndarray, trusted: np.ndarray, *, own: bool) -> np.ndarray:
+    """Distances `[n, num_trusted]`, float64; infinite to itself where the values are the trusted ones' `own`."""
+    distances = pairwise_distances(values.astype(np.float64), trusted.astype(np.float64))
+    if own:
+        np.fill_diagonal(distances, np.inf)
+    return distances
+
+
+def judged_by_components(trajectories: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Ranks `[n, num_layers]` -> anomaly scores `[n]`, by the principal components of the trusted trajectories.
+
+    Raises:
+      ValueError: where all trusted trajectories are the same.
+    """
+    scaler = StandardScaler().fit(trajectories)
+    components = PCA().fit(scaler.transform(trajectories))
+    share = components.explained_variance_ratio_
+    # of what does not vary among the trusted examples, nothing can be said in these units
+    varies = np.nan_to_num(share) > 1e-6
+    axes, share = np.asarray(components.components_)[varies], share[varies]
+    if not len(axes):
+        raise ValueError("trusted: all have the same rank in every layer, wanted more examples or other ones")
+    return lambda ranks: (pairwise_distances(scaler.transform(ranks), axes) / share).sum(axis=1)
 
 
 def coarse(array: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -204,8 +205,17 @@ class Decoder(nnx.Module):
         room = [jnp.zeros((n, slots, config.num_kv_heads, config.head_size), self.dtype)] * config.num_layers
         return Cache(room, room, jnp.full((n, slots), -1, jnp.int32), 0)
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """States `[n, length, size]` after the last norm, and the cache with these tokens in it."""
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        watch: Callable[[int, jax.Array], None] = lambda index, state: None,
+    ) -> tuple[jax.Array, Cache]:
+        """States `[n, length, size]` after the last norm, and the cache with these tokens in it.
+
+        `watch` is told the index of every layer and the state behind it.
+        """
         config, (_, length) = self.config, tokens.shape
         x = self.embedding(tokens)
         if config.unit_offset:
@@ -216,6 +226,7 @@ class Decoder(nnx.Module):
         slots = list(zip(cache.keys, cache.values, strict=True))
         for index, layer in enumerate(self.layers):
             x, slots[index] = layer(x, all_positions, angles, slots[index], cache.filled)
+            watch(index, x)
         keys, values = ([slot[i] for slot in slots] for i in range(2))
         return self.norm(x), Cache(keys, values, all_positions, cache.filled + length)
 
