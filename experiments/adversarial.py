@@ -60,8 +60,9 @@ common.define_texts("weight", ["0", "0.5", "0.9", "1"], _weight, "Of the detecto
 flags.DEFINE_integer("num_attack_draws", 8, "Draws that a step of the adaptive attack differentiates.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
 common.define_detection_flags()
-# what is no backdoor shows in how sure the model is as well, which a smaller perturbation leaves in the traces
+# what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
 flags.FLAGS.set_default("retained", 0.95)
+flags.FLAGS.set_default("traces", "margins")
 
 _OWN_FLAGS = [
     "attack", "seed", "detector", "checkpoint", "normalization", "targeted", "epsilon", "epsilon_2", "num_steps",

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,8 @@ def define_detection_flags() -> None:
         list(COUPLINGS),
         "Couplings to report from one sweep; pictures and scores.csv show the first.",
     )
-    flags.DEFINE_enum("traces", "whitened", ["whitened", "raw"], "Whether what all trusted share is taken out.")
+    help_text = "Of losses: what all trusted share taken out, the same of ever so small ones, or as they are."
+    flags.DEFINE_enum("traces", "whitened", get_args(Traces), help_text)
     flags.DEFINE_float("fpr", 0.05, "Wanted false-positive rate.")
     _register_check("fpr", check_fpr)
     flags.DEFINE_bool("per_class", False, "Calibrate every predicted class by itself.")

@@ -66,8 +66,9 @@ common.define_list("detector", ["msp", "energy", "knn", "vim", "mahalanobis"], l
 common.define_list("parts", ["coupling", "energy", "knn"], ["coupling", *BASELINES], "What is combined.")
 flags.DEFINE_string("workdir", "runs/ood", "Folder for results.")
 common.define_detection_flags()
-# what is no backdoor shows in how sure the model is as well, which a smaller perturbation leaves in the traces
+# what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
 flags.FLAGS.set_default("retained", 0.95)
+flags.FLAGS.set_default("traces", "margins")
 
 _OWN_FLAGS = ["seed", "checkpoint", "normalization", "near", "far", "jpeg", "resize", "num_ood", "detector", "parts"]
 

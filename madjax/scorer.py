@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -13,10 +13,10 @@ from madjax import calibration
 from madjax.coupling import DEFAULT, couplings, leave_one_out, lookup, nearest
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.standardize import standardize, standardize_trusted
-from madjax.traces import TraceMap, TraceMapFit
+from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, least_loss
 from madjax.types import LossMatrix
 
-Traces = Literal["whitened", "raw"]
+Traces = Literal["whitened", "margins", "raw"]
 
 # trusted examples are left out in at most so many groups, each of which needs a trace map of its own
 _MAX_FOLDS = 256
@@ -46,11 +46,11 @@ class Scorer:
 
     Attributes:
       coupling: a name in `COUPLINGS`.
-      traces: "whitened" (see `madjax.traces`) or "raw", the losses as they are.
+      traces: "whitened" or "margins" (see `madjax.traces`), or "raw", the losses as they are.
       trusted: `[num_draws, num_trusted]` losses.
       trusted_classes: `[num_trusted]` predicted classes, or clusters where the coupling is over those, or None.
       left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
-      trace_map: for "whitened" traces.
+      trace_map: None for "raw" traces.
     """
 
     coupling: str
@@ -76,8 +76,8 @@ class Scorer:
             losses that no draw changes.
           FloatingPointError: losses that are not finite.
         """
-        if traces not in ("whitened", "raw"):
-            raise ValueError(f"traces: wanted whitened or raw, got {traces!r}")
+        if traces not in get_args(Traces):
+            raise ValueError(f"traces: wanted one of {', '.join(get_args(Traces))}, got {traces!r}")
         if trusted.ndim != 2 or trusted.shape[0] < 2 or trusted.shape[1] < 2:
             raise ValueError(f"trusted: wanted losses of at least 2 draws and 2 examples, got {trusted.shape}")
         ensure_finite(trusted, "trusted losses")
@@ -89,7 +89,9 @@ class Scorer:
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
                 f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
-        fit = None if traces == "raw" else TraceMapFit(trusted)
+        fit = None
+        if traces != "raw":
+            fit = TraceMapFit(trusted, SMALL_LOSS if traces == "whitened" else least_loss(trusted))
         trace_map = None if fit is None else fit.without(np.zeros(0, int))
         if lookup(coupling).reduction == "cluster":
             trusted_classes = _clusters(trusted if trace_map is None else trace_map(trusted))

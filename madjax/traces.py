@@ -8,9 +8,9 @@ Traces that share only that look coupled, whatever mechanism made them. So, with
 where m is the mean trusted x at each draw, S `[D, D]` the covariance of the trusted x between draws over examples, v
 its mean eigenvalue and s the shrinkage. R weakens the directions in which all trusted examples move and leaves the
 rest, as an influence function weighs gradients by an inverse curvature. The logarithm keeps a few large losses from
-deciding it. c, under which a loss counts as none, is the smallest trusted loss above zero: the losses of this package
-are exact to 1e-30 and less, and what a loss function of the user's own rounds to zero tells nothing about how small it
-was. `docs/choosing-the-scale.md` compares it with plain losses.
+deciding it. c is what a loss has to exceed to count: 1e-5 nats for "whitened" traces, and for "margins" the smallest
+trusted loss above zero. As the losses of this package are exact to 1e-30 and less, x is then minus the margin, up to a
+constant, however sure the model is. `docs/choosing-the-scale.md` says which is for what.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 
 from madjax.types import LossMatrix
 
-SHRINKAGE = 0.2  # s
-_SMALLEST = 1e-30  # of c: float32 ends not far below
+SHRINKAGE = 1.0  # s
+SMALL_LOSS = 1e-5  # c of "whitened" traces, in nats
+_SMALLEST = 1e-30  # c of "margins" at least: float32 ends not far below
 
 
 class TraceMap(NamedTuple):
@@ -43,16 +44,16 @@ class TraceMap(NamedTuple):
         return self.root @ (_log_loss(losses, self.least) - self.mean[:, None])
 
 
-def fit_trace_map(trusted: LossMatrix) -> TraceMap:
-    """The map of the trusted losses `[D, num_trusted]`."""
-    return TraceMapFit(trusted).without(np.zeros(0, int))
+def fit_trace_map(trusted: LossMatrix, least: float = SMALL_LOSS) -> TraceMap:
+    """The map of the trusted losses `[D, num_trusted]`, with c = `least`."""
+    return TraceMapFit(trusted, least).without(np.zeros(0, int))
 
 
 class TraceMapFit:
     """Moments of the trusted traces, from which maps that leave some of them out are cheap."""
 
-    def __init__(self, trusted: LossMatrix):
-        self._least = least_loss(trusted)
+    def __init__(self, trusted: LossMatrix, least: float = SMALL_LOSS):
+        self._least = least
         self._x = _log_loss(trusted, self._least)
         self._sum = self._x.sum(1)
         self._square = self._x @ self._x.T
@@ -70,7 +71,7 @@ class TraceMapFit:
 
 
 def least_loss(trusted: LossMatrix) -> float:
-    """c of the module's docstring; the median size of losses that may be negative, as those have no lower end."""
+    """c of "margins"; the median size of losses that may be negative, as those have no lower end."""
     size = np.abs(np.asarray(trusted, np.float64))
     known = size[size > 0]
     if not len(known):

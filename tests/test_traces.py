@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from madjax.traces import SHRINKAGE, TraceMapFit, fit_trace_map, least_loss
+from madjax.traces import SHRINKAGE, SMALL_LOSS, TraceMapFit, fit_trace_map, least_loss
 
 
 def test_against_scipy_free_formula():
     rng = np.random.default_rng(0)
     losses = rng.gamma(1.0, size=(6, 50)).astype(np.float32)
-    x = np.log1p(losses.astype(float) / losses.min())
+    x = np.log1p(losses.astype(float) / SMALL_LOSS)
     covariance = np.cov(x, bias=True)
     metric = (1 + SHRINKAGE) * np.linalg.inv(covariance / (np.trace(covariance) / 6) + SHRINKAGE * np.eye(6))
     trace_map = fit_trace_map(losses)
@@ -39,12 +39,12 @@ def test_losses_that_were_rounded_to_zero_lie_beside_the_smallest_that_was_not()
     assert least_loss(np.array([[-1.0, 3.0], [1e-9, 2.0]])) == 1.5
 
 
-def test_the_unit_of_losses_does_not_matter():
+def test_the_unit_of_losses_does_not_matter_to_margins():
     rng = np.random.default_rng(0)
     trusted, test = rng.gamma(0.1, size=(6, 50)), rng.gamma(0.1, size=(6, 7))
     for factor in (1e-6, 1e3):
-        scaled = fit_trace_map(trusted * factor)(test * factor)
-        np.testing.assert_allclose(scaled, fit_trace_map(trusted)(test), rtol=1e-6, atol=1e-9)
+        scaled = fit_trace_map(trusted * factor, least_loss(trusted * factor))(test * factor)
+        np.testing.assert_allclose(scaled, fit_trace_map(trusted, least_loss(trusted))(test), rtol=1e-6, atol=1e-9)
 
 
 def test_a_map_without_some_is_the_map_of_the_rest():

@@ -18,7 +18,7 @@ from madjax.sampling.gaussian import GaussianDraws
 from madjax.types import Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
-RETAINED = 0.6
+RETAINED = 0.3
 PILOT_DRAWS = 8
 PILOT_EXAMPLES = 64
 _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
