@@ -100,12 +100,12 @@ class Model:
 
     def head_weights(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The last linear layer's kernel, float64 `[num_features, num_classes]`, and bias `[num_classes]`."""
-        leaves = dict(zip(path_names(self.params), jax.tree.leaves(self.params), strict=True))
+        leaves, head = zip(path_names(self.params), jax.tree.leaves(self.params), strict=True), self.head(images)
         found = {
             kind: np.asarray(leaf, np.float64)
+            for name, leaf in leaves
             for kind in ("kernel", "bias")
-            for name, leaf in leaves.items()
-            if f"/{name}".endswith(f"/{self.head(images)}/{kind}")
+            if f"/{name}".endswith(f"/{head}/{kind}")
         }
         return found["kernel"], found.get("bias", np.zeros(found["kernel"].shape[1]))
 
