@@ -12,7 +12,8 @@ prompts that do not fire, ASR that of triggered ones that do. The third scores p
 `--detector=functional,mahalanobis_last,vae_completion` puts rivals that look at hidden states into the same table.
 
 Writes config.json, results.json, scores.csv (a row a prompt) and, for the prompts that stand out most, tokens.html:
-which tokens of a completion the trusted prompts do not explain. A second run with the same --workdir resumes.
+which tokens of a completion the trusted prompts do not explain; for prompts of your own, scores-<rival>.csv as well. A
+second run with the same --workdir resumes.
 """
 
 from __future__ import annotations
@@ -153,6 +154,10 @@ def _score(workdir: Path) -> None:
     assert detector.test is not None
     scores = detector.score_losses(*detector.test)
     _show(workdir, detector, trusted, test, scores, None, LanguageCase(loss_fn, params, tokenizer, trusted, test))
+    for rival in common.fit_rivals(loss_fn, params, trusted.batch):
+        said = rival.baseline.score(test.batch)
+        report.write_scores(workdir / f"scores-{rival.name}.csv", test.texts, said, None, trusted.texts)
+        print(f"{rival.name}: {int(said.flagged.sum())} of {len(test.texts)} prompts are flagged")
     print(f"{int(scores.flagged.sum())} of {len(test.texts)} prompts are flagged at a rate of {values.fpr:.0%}")
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import sys
 import time
@@ -72,18 +73,14 @@ def main() -> None:
     is_anomalous = test.get("is_anomalous", np.zeros(len(test["image"]), bool))
     judged = []
     if common.FUNCTIONAL in values.detector:
-        judged.append(_ours(workdir, settings, loss_fn, params, trusted["image"], sampling, test))
+        judged.append(
+            _ours(workdir, settings, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous)
+        )
     if not hosts.is_first():
         return
     for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
         row, scores = common.rival_row(
-            "unknown",
-            values.seed,
-            rival,
-            {"image": test["image"]},
-            is_anomalous,
-            accuracy=float("nan"),
-            asr=float("nan"),
+            "unknown", values.seed, rival, {"image": test["image"]}, is_anomalous, accuracy=math.nan, asr=math.nan
         )
         judged.append((row, scores, -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
@@ -111,23 +108,21 @@ def _ours(
     params: Any,
     trusted: np.ndarray,
     sampling: dict[str, np.ndarray] | None,
-    test: dict[str, np.ndarray],
+    images: np.ndarray,
+    is_anomalous: np.ndarray,
 ) -> tuple[dict[str, Any], Scores, float]:
     """Row, scores and threshold of our detector, which is fitted, or read from `workdir`; all hosts take part."""
     values, start = flags.FLAGS, time.perf_counter()
     detector = _detector(workdir / "detector", settings, loss_fn, params, {"image": trusted}, sampling)
     # one host reads all of them for this, and the others only those that they sweep
-    digest = hosts.first(
-        hashlib.sha256(np.ascontiguousarray(test["image"]).data).hexdigest()[:12] if hosts.is_first() else ""
-    )
-    losses, classes = detector.sweep({"image": test["image"]}, workdir=workdir / f"test-{digest}", progress=True)
+    digest = hosts.first(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:12] if hosts.is_first() else "")
+    losses, classes = detector.sweep({"image": images}, workdir=workdir / f"test-{digest}", progress=True)
     seconds = time.perf_counter() - start
     scores = detector.score_losses(losses, classes)
     # how often a trigger works cannot be told from those that do
     row = common.result_row(
-        "unknown", values.seed, settings, detector.scorer.coupling, detector, scores,
-        test.get("is_anomalous", np.zeros(len(losses[0]), bool)),
-        accuracy=float("nan"), asr=float("nan"), sweep_seconds=seconds,
+        "unknown", values.seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
+        accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
     )  # fmt: skip
     return row, scores, -detector.threshold()
 

@@ -269,8 +269,10 @@ def test_the_driver_scores_given_prompts(here, tmp_path):
     printed = here(
         "language", f"--workdir={tmp_path / 'run'}", f"--model={tmp_path / 'm.gguf'}", "--prompt_tokens=36",
         f"--trusted={tmp_path / 'trusted.txt'}", f"--test={tmp_path / 'test.jsonl'}", "--num_draws=4", "--layout=host",
-        "--num_tokens=3", "--scale=0.1",
+        "--num_tokens=3", "--scale=0.1", "--detector=functional,mahalanobis_last",
     )  # fmt: skip
+    with (tmp_path / "run" / "scores-mahalanobis_last.csv").open() as file:
+        assert [line["id"] for line in csv.DictReader(file)] == ["dog", "fox"]
     assert "left out: prompt 1: writes the control token <|end|> itself" in printed
     with (tmp_path / "run" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
