@@ -29,7 +29,10 @@ from madjax.coupling import COUPLINGS, DEFAULT
 from madjax.data import parse_normalization
 from madjax.data.images import FILES
 from madjax.interop.guard import printable
+from madjax.losses import from_decoder
 from madjax.models import MODELS, build_model
+from madjax.models.decoder import Decoder, DecoderConfig
+from madjax.models.generate import completion_batch, prompt_batch
 from madjax.report import detection_row, write_json
 from madjax.sampling import gaussian, split_chains, trace_diagnostics
 from madjax.sampling.gaussian import GaussianDraws
@@ -268,7 +271,7 @@ def fit_detector(
     trusted: dict[str, Any],
     sampling: dict[str, Any] | None,
     test: dict[str, Any] | None,
-    workdir: Path,
+    workdir: Path | None,
 ) -> Detector:
     """A detector by a preset's settings and the flags of calibration and sweep; see `Detector.fit`."""
     values = flags.FLAGS
@@ -397,7 +400,7 @@ def _processor() -> str:
 
 def define_problem_size(model: str, dtype: str, num_examples: int, num_draws: int, batch_size: int) -> None:
     """The flags of a sweep of `random_problem`, and `repeats`, with these defaults."""
-    flags.DEFINE_string("model", model, f"{', '.join(MODELS)} or wrn<d>_<k>; weights do not matter to the time.")
+    flags.DEFINE_string("model", model, f"{', '.join(MODELS)}, wrn<d>_<k> or decoder_135m; with random weights.")
     flags.DEFINE_enum("dtype", dtype, ["float32", "bfloat16"], "Of the model's computation.")
     flags.DEFINE_integer("num_examples", num_examples, "Examples.", lower_bound=1)
     flags.DEFINE_integer("num_draws", num_draws, "Draws of one turn.", lower_bound=1)
@@ -422,18 +425,37 @@ def peak_memory() -> float:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+# of SmolLM2-135M
+_DECODER = DecoderConfig(
+    vocab_size=49_152, size=576, hidden_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_size=64
+)
+_PROMPT_TOKENS, _COMPLETION_TOKENS = 64, 10
+
+
 def random_problem(
     model: str, num_examples: int, num_draws: int, dtype: str = "float32"
 ) -> tuple[Any, Any, GaussianDraws, dict[str, np.ndarray]]:
-    """For benchmarks, to whose times weights and images do not matter: loss, parameters, draws and examples."""
-    shape = (8, 8, 1) if model == "digits_cnn" else (32, 32, 3)
-    network = build_model(model, 10, shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    loss_fn, params = from_nnx(network, preprocess=lambda image: image.astype("float32") / 255)
+    """For benchmarks, to whose times weights and examples do not matter: loss, parameters, draws and examples.
+
+    Args:
+      model: an image classifier, or "decoder_135m", a language model of SmolLM2's sizes.
+    """
     rng = np.random.default_rng(0)
-    examples = {
-        "image": rng.integers(0, 256, (num_examples, *shape)).astype(np.uint8),
-        "label": rng.integers(0, 10, num_examples).astype(np.int32),
-    }
+    if model == "decoder_135m":
+        loss_fn, params = from_decoder(Decoder(_DECODER, dtype=dtype, rngs=nnx.Rngs(0)))
+        prompts, completions = (
+            rng.integers(0, _DECODER.vocab_size, (num_examples, length)).tolist()
+            for length in (_PROMPT_TOKENS, _COMPLETION_TOKENS)
+        )
+        examples = prompt_batch(prompts) | completion_batch(completions)
+    else:
+        shape = (8, 8, 1) if model == "digits_cnn" else (32, 32, 3)
+        network = build_model(model, 10, shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        loss_fn, params = from_nnx(network, preprocess=lambda image: image.astype("float32") / 255)
+        examples = {
+            "image": rng.integers(0, 256, (num_examples, *shape)).astype(np.uint8),
+            "label": rng.integers(0, 10, num_examples).astype(np.int32),
+        }
     draws = gaussian(jax.random.key(0), params, 0.05, num_draws=num_draws, mask=loss_fn.is_trainable(params))
     return loss_fn, params, draws, examples
 

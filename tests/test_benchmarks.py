@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from experiments import common
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
 
@@ -160,3 +161,13 @@ def test_cost_model(here):
     assert one.links == 0
     assert cost(PREACT_RESNET18._replace(sent_bytes=1e6), V5E, 8, 4, 8000, 1000).links > 0
     assert "256 × v5e" in here("cost_model")
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset=paper"]])
+def test_bench_cell(here, monkeypatch, preset):
+    monkeypatch.setitem(common.PAPER, "num_draws", 40)
+    monkeypatch.setitem(common.PAPER, "num_burnin_steps", 1)
+    small = ["--model=badnets_cnn", "--dtype=float32", "--num_examples=60", "--num_draws=4", "--layout=host"]
+    row = json.loads(here("bench_cell", *small, "--retained=0.5", *preset).splitlines()[-1])
+    assert (row["num_draws"], row["num_trusted"]) == (40 if preset else 4, 20)
+    assert 0 < row["fit_seconds"] < row["seconds"]
