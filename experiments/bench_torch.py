@@ -81,9 +81,9 @@ def _passes(name: str) -> dict[str, dict[str, Callable[[], Any]]]:
     build = {
         "digits_cnn": lambda: torch_networks.digits(shape[2], shape[0]),
         "badnets_cnn": lambda: torch_networks.badnets(shape[2], shape[0]),
-        "wrn16_1": lambda: torch_networks.residual("wrn", (16, 32, 64), 2, 3),
-        "resnet20": lambda: torch_networks.residual("resnet", (16, 32, 64), 3, 3),
-        "preact_resnet18": lambda: torch_networks.residual("preact", (64, 128, 256, 512), 2, 3),
+        "wrn16_1": lambda: torch_networks.Residual("wrn", (16, 32, 64), 2, 3),
+        "resnet20": lambda: torch_networks.Residual("resnet", (16, 32, 64), 3, 3),
+        "preact_resnet18": lambda: torch_networks.Residual("preact", (64, 128, 256, 512), 2, 3),
     }[name]
     net = build().eval()
     x = torch.from_numpy((examples["image"].transpose(0, 3, 1, 2) / 255).astype(np.float32))

@@ -34,64 +34,60 @@ class _ChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
-def _block(c_in: int, c_out: int, stride: int, kind: str) -> nn.Module:
-    pre = kind != "resnet"
-    block: Any = nn.Module()
-    block.bn1 = nn.BatchNorm2d(c_in if pre else c_out)
-    block.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-    block.bn2 = nn.BatchNorm2d(c_out)
-    block.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-    shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if pre and c_in != c_out else None
-    if kind == "wrn" and shortcut:
-        block.convShortcut = shortcut
-    elif shortcut:
-        block.shortcut = nn.Sequential(shortcut)
+class _Block(nn.Module):
+    def __init__(self, c_in: int, c_out: int, stride: int, kind: str):
+        super().__init__()
+        self.pre = kind != "resnet"
+        self.bn1 = nn.BatchNorm2d(c_in if self.pre else c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.widened = c_out - c_in
+        self.shortcut_name = "convShortcut" if kind == "wrn" else "shortcut"
+        if self.pre and self.widened:
+            shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.add_module(self.shortcut_name, shortcut if kind == "wrn" else nn.Sequential(shortcut))
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if pre:
-            y = block.bn1(x).relu()
-            z = block.conv2(block.bn2(block.conv1(y)).relu())
-            return z + (shortcut(y) if shortcut else x)
-        z = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
-        if c_in != c_out:
-            x = torch.zeros_like(z).index_copy(1, torch.arange(c_in) + (c_out - c_in) // 2, x[:, :, ::2, ::2])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pre:
+            y = self.bn1(x).relu()
+            z = self.conv2(self.bn2(self.conv1(y)).relu())
+            return z + (self.get_submodule(self.shortcut_name)(y) if self.widened else x)
+        z = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.widened:
+            channels = torch.arange(x.shape[1], device=x.device) + self.widened // 2
+            x = torch.zeros_like(z).index_copy(1, channels, x[:, :, ::2, ::2])
         return (z + x).relu()
 
-    block.forward = forward
-    return block
 
+class Residual(nn.Module):
+    """ "resnet", "preact" or "wrn", by the names of akamaster, BackdoorBench and ABL."""
 
-def residual(kind: str, features: tuple[int, ...], num_blocks: int, channels: int) -> nn.Module:
-    """ "resnet", "preact" or "wrn", by the names of akamaster, BackdoorBench and ABL.
-
-    Modules hold closures over each other, so a copy of one still runs the original.
-    """
-    net: Any = nn.Module()
-    stem = 64 if kind == "preact" else 16
-    net.conv1 = nn.Conv2d(channels, stem, 3, 1, 1, bias=False)
-    stages, c_in = [], stem
-    for index, c_out in enumerate(features, 1):
-        blocks = []
-        for b in range(num_blocks):
-            blocks.append(_block(c_in, c_out, 2 if index > 1 and b == 0 else 1, kind))
+    def __init__(self, kind: str, features: tuple[int, ...], num_blocks: int, channels: int):
+        super().__init__()
+        self.kind, c_in = kind, 64 if kind == "preact" else 16
+        self.conv1 = nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)
+        stem, self.stages = c_in, []
+        for index, c_out in enumerate(features, 1):
+            strides = [2 if index > 1 and b == 0 else 1 for b in range(num_blocks)]
+            sizes = [c_in, *[c_out] * num_blocks]
+            blocks = nn.Sequential(
+                *(_Block(a, b, s, kind) for a, b, s in zip(sizes[:-1], sizes[1:], strides, strict=True))
+            )
+            self.stages.append(f"block{index}.layer" if kind == "wrn" else f"layer{index}")
+            holder: Any = nn.Module()
+            holder.layer = blocks
+            self.add_module(self.stages[-1].partition(".")[0], holder if kind == "wrn" else blocks)
             c_in = c_out
-        stages.append(nn.Sequential(*blocks))
-        holder: Any = stages[-1]
-        if kind == "wrn":
-            holder = nn.Module()
-            holder.layer = stages[-1]
-        net.add_module(f"{'block' if kind == 'wrn' else 'layer'}{index}", holder)
-    if kind != "preact":
-        net.bn1 = nn.BatchNorm2d(stem if kind == "resnet" else c_in)
-    net.add_module("fc" if kind == "wrn" else "linear", nn.Linear(c_in, 10))
+        if kind != "preact":
+            self.bn1 = nn.BatchNorm2d(stem if kind == "resnet" else c_in)
+        self.head = "fc" if kind == "wrn" else "linear"
+        self.add_module(self.head, nn.Linear(c_in, 10))
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        x = net.conv1(x)
-        x = net.bn1(x).relu() if kind == "resnet" else x
-        for stage in stages:
-            x = stage(x)
-        x = net.bn1(x).relu() if kind == "wrn" else x
-        return (net.fc if kind == "wrn" else net.linear)(x.mean((2, 3)))
-
-    net.forward = forward
-    return net
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        x = self.bn1(x).relu() if self.kind == "resnet" else x
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        x = self.bn1(x).relu() if self.kind == "wrn" else x
+        return self.get_submodule(self.head)(x.mean((2, 3)))

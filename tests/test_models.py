@@ -47,11 +47,11 @@ PARITY = {
     "digits_cnn/odd": (lambda: torch_networks.digits(3, 29), (29, 3)),
     "badnets_cnn": (lambda: torch_networks.badnets(1, 28), (28, 1)),
     "badnets_cnn/64": (lambda: torch_networks.badnets(3, 64), (64, 3)),
-    "resnet20": (lambda: torch_networks.residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
-    "resnet56": (lambda: torch_networks.residual("resnet", (16, 32, 64), 9, 1), (8, 1)),
-    "wrn16_1": (lambda: torch_networks.residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
-    "wrn10_4": (lambda: torch_networks.residual("wrn", (64, 128, 256), 1, 1), (28, 1)),
-    "preact_resnet18": (lambda: torch_networks.residual("preact", (64, 128, 256, 512), 2, 3), (32, 3)),
+    "resnet20": (lambda: torch_networks.Residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
+    "resnet56": (lambda: torch_networks.Residual("resnet", (16, 32, 64), 9, 1), (8, 1)),
+    "wrn16_1": (lambda: torch_networks.Residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
+    "wrn10_4": (lambda: torch_networks.Residual("wrn", (64, 128, 256), 1, 1), (28, 1)),
+    "preact_resnet18": (lambda: torch_networks.Residual("preact", (64, 128, 256, 512), 2, 3), (32, 3)),
     "vgg19_bn_linear": (lambda: torch_vgg(3, None), (32, 3)),
 }
 
@@ -295,9 +295,9 @@ def test_published_checkpoints_classify(shared_data, cifar10, file, name, normal
 
 # torch's module, (size, channels)
 PUBLISHED = {
-    "clean_resnet20_cifar10.th": ("resnet20", lambda: torch_networks.residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
-    "clean_resnet56_cifar10.th": ("resnet56", lambda: torch_networks.residual("resnet", (16, 32, 64), 9, 3), (32, 3)),
-    "abl_wrn16_1_grid_target0.tar": ("wrn16_1", lambda: torch_networks.residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
+    "clean_resnet20_cifar10.th": ("resnet20", lambda: torch_networks.Residual("resnet", (16, 32, 64), 3, 3), (32, 3)),
+    "clean_resnet56_cifar10.th": ("resnet56", lambda: torch_networks.Residual("resnet", (16, 32, 64), 9, 3), (32, 3)),
+    "abl_wrn16_1_grid_target0.tar": ("wrn16_1", lambda: torch_networks.Residual("wrn", (16, 32, 64), 2, 3), (32, 3)),
     "badnets_cnn_cifar10_white5_target1.pth": ("badnets_cnn", lambda: torch_networks.badnets(3, 32), (32, 3)),
     "badnets_cnn_mnist_white5_target1.pth": ("badnets_cnn", lambda: torch_networks.badnets(1, 28), (28, 1)),
 }
