@@ -104,7 +104,9 @@ def nearest(name: str, trusted: LossMatrix, test: LossMatrix, count: int = 3) ->
     count = min(count, trusted.shape[1])
     indices, values = [], []
     for _, block in _pair_blocks(lookup(name).pair, trusted, test):
-        top = np.argsort(-block, axis=0, kind="stable")[:count]
+        top = np.sort(np.argpartition(block, -count, axis=0)[-count:], axis=0)
+        order = np.argsort(-np.take_along_axis(block, top, axis=0), axis=0, kind="stable")
+        top = np.take_along_axis(top, order, axis=0)
         indices.append(top.T)
         values.append(np.take_along_axis(block, top, axis=0).T)
     return np.concatenate(indices), np.concatenate(values)
