@@ -23,7 +23,7 @@ from madjax.scorer import Scorer, Scores, Traces
 from madjax.sharding import place, put_model
 from madjax.store import TraceStore
 from madjax.sweep import loss_matrix
-from madjax.traces import SMALL_LOSS, TraceMap
+from madjax.traces import TraceMap
 from madjax.types import Batch, LossFn, LossMatrix, Params, num_examples
 
 # fields of a detector that a file keeps as they are
@@ -276,9 +276,7 @@ class Detector:
             arrays.get("trusted_classes"),
             arrays["trusted_couplings"],
             # what was saved before least was part of the map had this one
-            None
-            if trace_map is None
-            else TraceMap(trace_map["mean"], trace_map["root"], trace_map.get("least", SMALL_LOSS)),
+            None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"], trace_map.get("least", 1e-5)),
         )
         return cls(loss_fn, params, draws, scorer, *(settings[name] for name in _SAVED))
 

@@ -8,8 +8,9 @@ Traces that share only that look coupled, whatever mechanism made them. So, with
 where m is the mean trusted x at each draw, S `[D, D]` the covariance of the trusted x between draws over examples, v
 its mean eigenvalue and s the shrinkage. R weakens the directions in which all trusted examples move and leaves the
 rest, as an influence function weighs gradients by an inverse curvature. The logarithm keeps a few large losses from
-deciding it. c is what a loss has to exceed to count: 1e-5 nats for "whitened" traces, and for "margins" the smallest
-trusted loss above zero. As the losses of this package are exact to 1e-30 and less, x is then minus the margin, up to a
+deciding it. c is what a loss has to exceed to count: 1e-7 nats for "whitened" traces, and for "margins" the smallest
+trusted loss above zero. All examples that never exceed it have one and the same trace, and so explain each other. As
+the losses of this package are exact to 1e-30 and less, margins are what x of the smallest c is, but for the sign and a
 constant, however sure the model is. `docs/choosing-the-scale.md` says which is for what.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from madjax.types import LossMatrix
 
 SHRINKAGE = 1.0  # s
-SMALL_LOSS = 1e-5  # c of "whitened" traces, in nats
+SMALL_LOSS = 1e-7  # c of "whitened" traces, in nats
 _SMALLEST = 1e-30  # c of "margins" at least: float32 ends not far below
 
 
