@@ -61,6 +61,9 @@ flags.DEFINE_float("epsilon", 64.0, "Of the adversarial examples, ∞-norm, in l
 flags.DEFINE_float("step_size_attack", 8.0, "Of one of their 40 steps, in levels of 0..255.")
 flags.DEFINE_string("workdir", "runs/mechanisms", "Folder for results.")
 common.define_detection_flags()
+# small draws and margins tell mechanisms apart better (docs/results-beyond.md)
+flags.FLAGS.set_default("retained", 0.6)
+flags.FLAGS.set_default("traces", "margins")
 
 
 def main() -> None:
