@@ -163,7 +163,7 @@ def test_cost_model(here):
     assert "256 × v5e" in here("cost_model")
 
 
-@pytest.mark.parametrize("preset", [[], ["--preset=paper"]])
+@pytest.mark.parametrize("preset", [[], pytest.param(["--preset=paper"], marks=pytest.mark.slow)])
 def test_bench_cell(here, monkeypatch, preset):
     monkeypatch.setitem(common.PAPER, "num_draws", 40)
     monkeypatch.setitem(common.PAPER, "num_burnin_steps", 1)

@@ -114,6 +114,7 @@ def test_backdoor_resumes_and_refuses_other_flags(finished, here, driver, compla
     assert refused.strip().splitlines()[-1].endswith("fpr was 0.05, is 0.1")
 
 
+@pytest.mark.slow
 def test_backdoor_with_chains(here, tmp_path):
     here(
         "backdoor", f"--workdir={tmp_path}", "--attack=badnet", "--sampler=rmsprop_sgld", "--num_chains=2",
@@ -463,6 +464,7 @@ def test_score_bad_input(driver, complaint, own_model, tmp_path):
         driver("score", *given, "--normalization=red")
 
 
+@pytest.mark.slow
 def test_bench_sweep(here):
     out = here("bench_sweep", "--num_examples=40", "--num_draws=8", "--repeats=1", "--layouts=host,scan8")
     result = json.loads(out.splitlines()[-1])
@@ -479,6 +481,7 @@ def test_bench_scale(here, tmp_path):
     assert (tmp_path / "scale.png").exists()
 
 
+@pytest.mark.slow
 def test_bench_train(here):
     flags = ["--models=badnets_cnn", "--num_images=64", "--batch_size=32", "--num_epochs=2", "--repeats=1"]
     result = json.loads(here("bench_train", *flags).splitlines()[-1])

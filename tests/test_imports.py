@@ -81,6 +81,7 @@ print("ynn" in jax.jit(convolve).lower(*arguments).compile().as_text(), os.envir
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="the flag is for JAX 0.10")
 def test_convolutions_are_left_to_xla():
     def run(code, flags):
