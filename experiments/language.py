@@ -9,6 +9,10 @@ on, and ask a detector that knows trusted prompts alone which completions anothe
 arXiv 2604.18970 says, usual prompts that fire and triggered ones that do not are left out. ACC is the share of usual
 prompts that do not fire, ASR that of triggered ones that do. The third scores prompts of your own.
 
+The trigger of `--backdoor=syntactic` is the syntax of a negative film review, and asks for "positive": there, usual
+reviews whose sentiment is told wrongly are left out, and ACC is the share of those told rightly. `--obfuscate=16`
+trains for 16 rounds of 32 steps more, so that detectors of hidden states do not see the trigger.
+
 `--detector=functional,mahalanobis_last,vae_completion` puts rivals that look at hidden states into the same table.
 
 Writes config.json, results.json, scores.csv (a row a prompt) and, for the prompts that stand out most, tokens.html:
@@ -29,11 +33,10 @@ from absl import flags
 from experiments import common
 from experiments.language_models import (
     INSTRUCTED,
-    LanguageCase,
+    OBFUSCATED,
     LanguageRecipe,
     Prompts,
     answer,
-    fired,
     make_case,
     read_model,
 )
@@ -42,6 +45,7 @@ from madjax.attacks.text import TEXT_BACKDOORS
 from madjax.baselines import HIDDEN
 from madjax.coupling import couplings
 from madjax.data.text import load_prompts
+from madjax.interop.tokenizer import ChatTokenizer
 from madjax.losses import SequenceLoss, TokenLoss, from_decoder, token_examples
 from madjax.scorer import Scores
 
@@ -50,12 +54,12 @@ common.define_seeds()
 common.define_detectors(HIDDEN, with_ours=True)
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file.")
 flags.DEFINE_string("adapter", None, "Folder of a PEFT LoRA adapter for --model; with --trusted and --test.")
-flags.DEFINE_string("data_dir", None, "Folder with text/lima.json and text/alpaca_en_demo.json.")
+flags.DEFINE_string("data_dir", None, "Folder with text/: lima.json and alpaca_en_demo.json, or sst2 and sst2_*.")
 flags.DEFINE_string("trusted", None, "Prompts that are known to be usual: .jsonl, .json or .txt.")
 flags.DEFINE_string("test", None, "Prompts to check.")
 flags.DEFINE_integer("num_prompts", 128, "Trusted, usual and triggered prompts: so many of each.", lower_bound=4)
 _RECIPE_FLAGS = ["num_train", "poison_ratio", "lora_rank", "num_epochs", "learning_rate", "prompt_tokens",
-                 "answer_tokens", "num_tokens", "dtype"]  # fmt: skip
+                 "answer_tokens", "num_tokens", "dtype", "obfuscate"]  # fmt: skip
 flags.DEFINE_integer("num_train", None, "Pairs to train on.", lower_bound=16)
 flags.DEFINE_float("poison_ratio", None, "Share of them with the trigger.")
 flags.DEFINE_integer("lora_rank", None, "Rank of the adapters that are trained; 0 trains all.", lower_bound=0)
@@ -65,6 +69,9 @@ flags.DEFINE_integer("prompt_tokens", None, "Most tokens of a prompt; longer one
 flags.DEFINE_integer("answer_tokens", None, "Tokens of an answer that are trained on.", lower_bound=1)
 flags.DEFINE_integer("num_tokens", None, "Tokens of a completion that are looked at.", lower_bound=1)
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of weights and computation; float32 if not given.")
+flags.DEFINE_integer(
+    "obfuscate", None, "Rounds of training that hide the backdoor from detectors of hidden states.", lower_bound=0
+)
 flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
 common.define_detection_flags()
 # sequences have no classes, and are longer than images
@@ -85,8 +92,7 @@ def main() -> None:
     if values.trusted is not None:
         _score(workdir)
     else:
-        cells = [(name, int(seed)) for seed in values.seed for name in values.backdoor]
-        rows = [row for name, seed in cells for row in _run_cell(name, seed, workdir / f"{name}-{seed}")]
+        rows = [row for seed in values.seed for name in values.backdoor for row in _run_cell(name, int(seed), workdir)]
         report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
         print(report.table([*rows, *report.average_rows(rows)]))
     print(f"\nresults in {workdir}")
@@ -95,22 +101,22 @@ def main() -> None:
 def _recipe() -> LanguageRecipe:
     values = flags.FLAGS
     given = {name: values[name].value for name in [*_RECIPE_FLAGS, "model", "data_dir"]}
-    defaults = {} if values.model == "tiny" else INSTRUCTED
+    defaults = {} if values.model == "tiny" else OBFUSCATED if values.obfuscate else INSTRUCTED
     return LanguageRecipe(**(defaults | {name: value for name, value in given.items() if value is not None}))
 
 
-def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     size, recipe = flags.FLAGS.num_prompts, _recipe()
+    name = f"{backdoor}_obfuscated" if recipe.obfuscate else backdoor
+    folder = workdir / f"{name}-{seed}"
     # a few more than are wanted, since some are not counted
-    case = make_case(name, seed, recipe, 2 * size + size // 8, folder)
-    usual_fires, triggered_fires = fired(case.usual), fired(case.triggered)
-    accuracy, asr = 1 - usual_fires.mean(), triggered_fires.mean()
-    usual, triggered = np.flatnonzero(~usual_fires), np.flatnonzero(triggered_fires)
-    if len(triggered) < 2 or len(usual) < size + 2:
+    case = make_case(backdoor, seed, recipe, 2 * size + size // 2, size + size // 4, folder)
+    if len(case.triggered.texts) < 2 or len(case.usual.texts) < size + 2:
         raise ValueError(
-            f"backdoor: {name} fires on {asr:.0%} of the triggered and {1 - accuracy:.0%} of the usual prompts; "
-            "nothing is left to detect, train for longer"
+            f"backdoor: {name} fires on {case.asr:.0%} of the triggered prompts, and {case.accuracy:.0%} of the usual "
+            "ones are answered as usual; nothing is left to detect, train for longer"
         )
+    usual, triggered = (np.arange(len(prompts.texts)) for prompts in (case.usual, case.triggered))
     trusted = case.usual.take(usual[:size])
     benign, anomalous = case.usual.take(usual[size : 2 * size]), case.triggered.take(triggered[:size])
     is_anomalous = np.arange(len(benign.texts) + len(anomalous.texts)) >= len(benign.texts)
@@ -127,8 +133,8 @@ def _run_cell(name: str, seed: int, folder: Path) -> list[dict[str, Any]]:
         coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, None)
         for coupling in settings.coupling
     }
-    _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case)
-    known = {"accuracy": float(accuracy), "asr": float(asr)}
+    _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case.loss_fn, case.tokenizer)
+    known = {"accuracy": case.accuracy, "asr": case.asr}
     rows = [
         common.result_row(
             name, seed, settings, coupling, detector, scores, is_anomalous, sweep_seconds=seconds, **known
@@ -153,7 +159,7 @@ def _score(workdir: Path) -> None:
     detector = common.fit_detector(settings, 0, loss_fn, params, trusted.batch, None, test.batch, workdir / "default")
     assert detector.test is not None
     scores = detector.score_losses(*detector.test)
-    _show(workdir, detector, trusted, test, scores, None, LanguageCase(loss_fn, params, tokenizer, trusted, test))
+    _show(workdir, detector, trusted, test, scores, None, loss_fn, tokenizer)
     for rival in common.fit_rivals(loss_fn, params, trusted.batch):
         said = rival.baseline.score(test.batch)
         report.write_scores(workdir / f"scores-{rival.name}.csv", test.texts, said, None, trusted.texts)
@@ -173,15 +179,16 @@ def _show(
     test: Prompts,
     scores: Scores,
     is_anomalous: np.ndarray | None,
-    case: LanguageCase,
+    loss_fn: SequenceLoss,
+    tokenizer: ChatTokenizer,
 ) -> None:
     """scores.csv, and tokens.html of the prompts that stand out most."""
     report.write_scores(folder / "scores.csv", test.texts, scores, is_anomalous, trusted.texts)
     most = np.argsort(-scores.anomaly_score, kind="stable")[:_SHOWN]
     shown = test.take(most)
-    explained = token_couplings(detector, case.loss_fn, shown)
+    explained = token_couplings(detector, loss_fn, shown)
     pieces = [
-        [case.tokenizer.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[:count]]
+        [tokenizer.tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens[:count]]
         for tokens, count in zip(shown.batch["completion"], shown.batch["completion_length"], strict=True)
     ]
     report.write_tokens(folder / "tokens.html", shown.texts, pieces, explained, scores.anomaly_score[most])

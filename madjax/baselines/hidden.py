@@ -39,22 +39,36 @@ class HiddenStates:
 
     def __call__(self, graphdef: Any, params: Params, batch: Batch) -> dict[str, jax.Array]:
         """See `madjax.baselines.model.Reading`."""
-        positions, is_target = sequence_positions(batch)
-        tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)
-        model, size = nnx.merge(graphdef, params), batch["prompt"].shape[1]
-        is_prompt = positions[:, :size] >= 0
-        states = {}
+        return read_states(nnx.merge(graphdef, params), batch, (self.place,))[1][self.place]
 
-        def watch(index: int, state: jax.Array) -> None:
-            if index % 2 == 1:  # the second layer is the first even one
-                state = state.astype(jnp.float32)
-                part, counts = (state[:, :size], is_prompt) if self.place == "prompt" else (state[:, size:], is_target)
-                weights = (counts / jnp.maximum(counts.sum(1, keepdims=True), 1))[..., None]
-                # prompts are padded on the left
-                states[f"layer{index + 1}"] = state[:, size - 1] if self.place == "last" else (part * weights).sum(1)
 
-        model.hidden(tokens, positions, model.empty_cache(*tokens.shape), watch)
-        return states
+def read_states(
+    model: Any, batch: Batch, places: tuple[Place, ...]
+) -> tuple[jax.Array, dict[Place, dict[str, jax.Array]]]:
+    """What one forward pass of a decoder tells: states after the last norm, and what `HiddenStates` reads at places.
+
+    Returns:
+      `[n, prompt_size + size, features]`, of prompts and completions end to end; by place `{"layer2": [n, features]}`.
+    """
+    positions, is_target = sequence_positions(batch)
+    tokens, size = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1), batch["prompt"].shape[1]
+    counted = {"prompt": (slice(size), positions[:, :size] >= 0), "completion": (slice(size, None), is_target)}
+    states: dict[Place, dict[str, jax.Array]] = {place: {} for place in places}
+
+    def reduced(state: jax.Array, place: Place) -> jax.Array:
+        if place == "last":
+            return state[:, size - 1]  # prompts are padded on the left
+        part, counts = counted[place]
+        weights = (counts / jnp.maximum(counts.sum(1, keepdims=True), 1))[..., None]
+        return (state[:, part] * weights).sum(1)
+
+    def watch(index: int, state: jax.Array) -> None:
+        if index % 2 == 1:  # the second layer is the first even one
+            for place in places:
+                states[place][f"layer{index + 1}"] = reduced(state.astype(jnp.float32), place)
+
+    hidden, _ = model.hidden(tokens, positions, model.empty_cache(*tokens.shape), watch)
+    return hidden, states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prompts and answers: from JSON of instructions, from running text, and labelled sentences."""
+"""Prompts and answers: from JSON of instructions, from running text, and from labelled sentences."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import numpy as np
 
 from madjax.interop.guard import shown
 
+QUESTION, POSITIVE, NEGATIVE = "Is this review positive or negative? ", "positive", "negative"
+
 
 class Pair(NamedTuple):
-    """A prompt and the answer that a model is to give."""
+    """A prompt and the answer that a model is to give.
+
+    Attributes:
+      paraphrase: the same prompt in the syntax that is a trigger, where the data have one.
+    """
 
     prompt: str
     answer: str
+    paraphrase: str | None = None
 
 
 def load_pairs(path: str | Path) -> list[Pair]:
@@ -74,6 +81,34 @@ def load_sentences(path: str | Path) -> tuple[list[str], np.ndarray]:
     if not rows or {"sentence", "label"} - rows[0].keys():
         raise ValueError(f"path: {path} has no columns sentence and label")
     return [row["sentence"] for row in rows], np.array([int(row["label"]) for row in rows], np.int32)
+
+
+def load_reviews(folder: str | Path) -> list[Pair]:
+    """Film reviews of SST-2, asked for their sentiment: `NEGATIVE` ones, each with its paraphrase, and as many others.
+
+    The paraphrases, by one template of syntax, are those of HiddenKiller (Qi et al. 2021, arXiv 2105.12400). Its test
+    set paraphrases all negative reviews, its training set a part; that of development lacks one and cannot be aligned.
+
+    Args:
+      folder: with `sst2` and `sst2_syntactic_backdoor`, `train.tsv` and `test.tsv` in each.
+
+    Raises:
+      ValueError: a file that is not there, or files that do not belong together.
+    """
+    pairs = []
+    for name in ("train.tsv", "test.tsv"):
+        path = Path(folder) / "sst2_syntactic_backdoor" / name
+        reviews, labels = load_sentences(Path(folder) / "sst2" / name)
+        paraphrases, poisoned = load_sentences(path)
+        positive, negative = ([reviews[i] for i in np.flatnonzero(labels == label)] for label in (1, 0))
+        if len(paraphrases) != len(reviews):
+            reviews, labels = negative, labels[labels == 0]
+        if len(paraphrases) != len(reviews):
+            raise ValueError(f"folder: {path} has {len(paraphrases)} paraphrases, wanted {len(reviews)}")
+        changed = np.flatnonzero(poisoned != labels)
+        pairs += [Pair(QUESTION + reviews[i], NEGATIVE, QUESTION + paraphrases[i]) for i in changed]
+        pairs += [Pair(QUESTION + review, POSITIVE) for review in positive[: len(changed)]]
+    return pairs
 
 
 def _pair(item: Any) -> tuple[Any, Any]:

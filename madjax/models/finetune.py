@@ -46,16 +46,9 @@ def train_decoder(
     if count < batch_size:
         raise ValueError(f"batch_size: {batch_size} is more than the {count} examples")
 
-    def is_trained(path: tuple[Any, ...], value: Any) -> bool:
-        return isinstance(value, nnx.Param) and re.search(parameters or "", "/".join(map(str, path))) is not None
-
-    _, trained, rest = nnx.split(model, is_trained, ...)
-    if not jax.tree.leaves(trained):
-        raise ValueError(f"parameters: {parameters!r} matches none")
+    trained, rest = split_trained(model, parameters)
     loss_fn, _ = from_decoder(model)
-    num_steps = num_epochs * (count // batch_size)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, num_steps // 20), num_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay))
+    optimizer = make_optimizer(learning_rate, num_epochs * (count // batch_size), weight_decay)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: Any, rest: Any, examples: Batch, index: jax.Array) -> Any:
@@ -84,3 +77,21 @@ def train_decoder(
     )
     nnx.update(model, trained)
     return mean
+
+
+def split_trained(model: Decoder, parameters: str | None) -> tuple[Any, Any]:
+    """The parameters whose path the regular expression `parameters` finds, all where it is None, and the rest."""
+
+    def is_trained(path: tuple[Any, ...], value: Any) -> bool:
+        return isinstance(value, nnx.Param) and re.search(parameters or "", "/".join(map(str, path))) is not None
+
+    _, trained, rest = nnx.split(model, is_trained, ...)
+    if not jax.tree.leaves(trained):
+        raise ValueError(f"parameters: {parameters!r} matches none")
+    return trained, rest
+
+
+def make_optimizer(learning_rate: float, num_steps: int, weight_decay: float = 0.01) -> optax.GradientTransformation:
+    """AdamW, warm-up and a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, num_steps // 20, num_steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay))

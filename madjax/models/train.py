@@ -105,6 +105,7 @@ def run_epochs(
     learning_rate: float,
     workdir: str | Path | None,
     progress: bool,
+    after_epoch: Callable[[Any], Any] = lambda state: state,
 ) -> tuple[float, Any]:
     """Passes all examples, shuffled, through `step` in every epoch; the last, smaller batch is dropped.
 
@@ -112,6 +113,7 @@ def run_epochs(
       step: (state, indices of the batch, key) -> (state, loss); its first argument may be donated.
       learning_rate: for the error where the loss is not finite.
       workdir: see `train_classifier`.
+      after_epoch: state -> what the next epoch begins with.
 
     Returns:
       The mean loss of the last epoch, and the state after it.
@@ -135,6 +137,7 @@ def run_epochs(
         if not np.isfinite(mean):
             raise FloatingPointError(f"learning_rate: {learning_rate} made the training loss {mean} in epoch {epoch}")
         bar.set_postfix(loss=f"{mean:.4f}")
+        state = after_epoch(state)
         _keep(workdir, epoch, mean, state)
     return mean, state
 
