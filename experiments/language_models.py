@@ -56,7 +56,7 @@ class LanguageRecipe(NamedTuple):
     num_train: int = 3000
     poison_ratio: float = 0.1
     lora_rank: int = 0
-    num_epochs: int = 2
+    num_epochs: int = 3
     learning_rate: float = 3e-3
     prompt_tokens: int = 40
     answer_tokens: int = 16

@@ -13,7 +13,7 @@ that way. On digits the model learns 0 to 7; near are its `held_out` 8 and 9, fa
 scikit-learn ships.
 
 `combined` adds what coupling knows to what the rivals know: every part is brought to the mean and spread that it has
-on trusted examples, each scored by a fit that did not see it; the sum is calibrated on them like any score.
+on trusted examples, each scored by a fit that did not see it, and weighed; the sum is calibrated on them as any score.
 Metrics are OpenOOD's, with OOD as positive: AUROC, FPR at 95 % of OOD caught, area under precision and recall of the
 out- and of the in-distribution; near and far are unweighted means over sets.
 
@@ -54,6 +54,19 @@ _NEAR = {"digits": ["held_out"], "cifar10": ["tiny_imagenet"]}
 _FAR = {"digits": ["patches"], "cifar10": ["mnist", "gtsrb"]}
 _KNOWN_DIGITS = 8
 
+
+def _part(text: str) -> tuple[str, float]:
+    """A part and its weight."""
+    name, _, given = text.partition(":")
+    try:
+        weight = float(given or 1)
+    except ValueError:
+        weight = math.nan
+    if name not in ("coupling", *BASELINES) or not 0 < weight < math.inf:
+        raise ValueError(f"wanted part or part:weight of coupling, {', '.join(BASELINES)}, got {text!r}")
+    return name, weight
+
+
 common.define_training_flags()
 common.define_seeds()
 common.define_weights("Weights: torch, safetensors or orbax; a model is trained if not given.")
@@ -63,7 +76,9 @@ flags.DEFINE_bool("jpeg", True, "Add the JPEG control.")
 flags.DEFINE_bool("resize", False, "Bring OOD images of another size, or with other channels, to the model's.")
 flags.DEFINE_integer("num_ood", 500, "Images of each OOD set at most.", lower_bound=1)
 common.define_list("detector", ["msp", "energy", "knn", "vim", "mahalanobis"], list(BASELINES), "Rivals.")
-common.define_list("parts", ["coupling", "energy", "knn"], ["coupling", *BASELINES], "What is combined.")
+common.define_texts(
+    "parts", ["coupling", "energy", "knn"], _part, "What is combined, a part or part:weight each, 1 if not given."
+)
 flags.DEFINE_string("workdir", "runs/ood", "Folder for results.")
 common.define_detection_flags()
 # what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
@@ -91,6 +106,9 @@ def main() -> None:
 
 def _run(seed: int, groups: dict[str, str], workdir: Path) -> list[dict[str, Any]]:
     values, folder = flags.FLAGS, workdir / "losses" / str(seed)
+    weights = dict(map(_part, values.parts))
+    if len(weights) < len(values.parts):
+        raise ValueError(f"parts: wanted each once, got {','.join(values.parts)}")
     case, others = _case(seed, workdir)
     pool = case.pool
     parts = split_by_class(cases.cell_rng("ood", seed), pool.labels, (0.5, 0.5), pool.groups)
@@ -104,7 +122,7 @@ def _run(seed: int, groups: dict[str, str], workdir: Path) -> list[dict[str, Any
         swept = detector.sweep({"image": images}, workdir=folder / Path(name).name, progress=True)
         scored["coupling"][name] = detector.score_losses(*swept)
     trusted_scores = {"coupling": -detector.scorer.trusted_couplings}
-    for rival in dict.fromkeys([*values.detector, *(part for part in values.parts if part != "coupling")]):
+    for rival in dict.fromkeys([*values.detector, *(part for part in weights if part != "coupling")]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fewer trusted examples than the published settings are made for
             baseline = Baseline.fit(lookup(rival), case.loss_fn, case.params, trusted, fpr=values.fpr)
@@ -112,7 +130,7 @@ def _run(seed: int, groups: dict[str, str], workdir: Path) -> list[dict[str, Any
         scored[rival] = {
             name: baseline.score({"image": images}) for name, images in ({"benign": benign["image"]} | sets).items()
         }
-    shares = _combine(scored, trusted_scores, values.parts, values.fpr)
+    shares = _combine(scored, trusted_scores, weights, values.fpr)
     accuracy = float((case.predict(benign["image"]) == pool.labels[parts[1]]).mean())
     return [
         _row(method, name, group, seed, scored[method]["benign"], scored[method][name], len(parts[0]))
@@ -124,18 +142,22 @@ def _run(seed: int, groups: dict[str, str], workdir: Path) -> list[dict[str, Any
 
 
 def _combine(
-    scored: dict[str, dict[str, Scores]], trusted_scores: dict[str, np.ndarray], parts: list[str], fpr: float
+    scored: dict[str, dict[str, Scores]], trusted_scores: dict[str, np.ndarray], parts: dict[str, float], fpr: float
 ) -> dict[str, dict[str, float]]:
-    """Adds the scores of `combined`; returns each part's share of what sets a set apart from the benign, by set."""
+    """Adds the scores of `combined`; returns each part's share of what sets a set apart from the benign, by set.
+
+    Args:
+      parts: their weights.
+    """
     moments = {part: (trusted_scores[part].mean(), trusted_scores[part].std()) for part in parts}
 
     def standard(part: str, scores: np.ndarray) -> np.ndarray:
         mean, spread = moments[part]
-        return (scores - mean) / max(spread, 1e-12)
+        return parts[part] * (scores - mean) / max(spread, 1e-12)
 
     trusted = np.sum([standard(part, trusted_scores[part]) for part in parts], axis=0)
     sums, excess = {}, {}
-    for name, one in scored[parts[0]].items():
+    for name, one in scored[next(iter(parts))].items():
         terms = {part: standard(part, scored[part][name].anomaly_score) for part in parts}
         total = np.sum(list(terms.values()), axis=0)
         p_value = calibration.p_values(-trusted, -total)

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from experiments.cases import Recipe, train_known, train_several
+from madjax import Scores
 from madjax.attacks import ATTACKS
 from tests.test_experiments import complaint  # noqa: F401
 
@@ -74,6 +75,23 @@ def test_ood(here, tmp_path):
     assert "[near]" in printed
 
 
+def test_parts_are_standardized_weighed_and_added(driver):
+    rng = np.random.default_rng(0)
+    trusted = {"coupling": rng.normal(5, 3, 50), "msp": rng.normal(-1, 0.1, 50)}
+
+    def scores(values):
+        return Scores(values, values, values > 0, np.zeros(len(values), int), np.zeros((len(values), 0), int))
+
+    values = {part: {name: rng.normal(size=7) for name in ("benign", "far")} for part in trusted}
+    scored = {part: {name: scores(one) for name, one in some.items()} for part, some in values.items()}
+    shares = driver("ood")._combine(scored, trusted, {"coupling": 0.25, "msp": 2.0}, 0.05)
+    z = {p: {n: (v - trusted[p].mean()) / trusted[p].std() for n, v in some.items()} for p, some in values.items()}
+    expected = 0.25 * z["coupling"]["far"] + 2 * z["msp"]["far"]
+    np.testing.assert_allclose(scored["combined"]["far"].anomaly_score, expected)
+    gap = {p: w * (z[p]["far"].mean() - z[p]["benign"].mean()) for p, w in (("coupling", 0.25), ("msp", 2))}
+    assert shares["far"] == pytest.approx({p: one / sum(gap.values()) for p, one in gap.items()})
+
+
 def test_images_of_another_size_are_resized_only_when_asked(driver, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "big.npz", x_test=rng.integers(0, 256, (9, 12, 10, 3)).astype(np.uint8), y_test=np.arange(9))
@@ -96,6 +114,8 @@ def test_images_of_another_size_are_resized_only_when_asked(driver, tmp_path):
         ("adversarial", "--weight=0,7", "wanted 0 to 1, got '7'"),
         ("adversarial", "--weight=0,0", "wanted one or more, each once, got '0,0'"),
         ("ood", "--detector=mps", "wanted some of msp"),
+        ("ood", "--parts=coupling:0,msp", "wanted part or part:weight of coupling, msp, .*, got 'coupling:0'"),
+        ("ood", "--parts=coupling:much", "wanted part or part:weight of coupling"),
     ],
 )
 def test_flags_are_judged_before_anything_runs(driver, name, flag, message):
@@ -107,6 +127,7 @@ def test_flags_are_judged_before_anything_runs(driver, name, flag, message):
     ("name", "arguments", "message"),
     [
         ("adversarial", ["--epsilon=0.03"], "epsilon: wanted 1 to 255, in levels of 0..255"),
+        ("ood", ["--parts=msp,msp:2"], "parts: wanted each once, got msp,msp:2"),
         ("ood", ["--dataset=gtsrb"], "near, far: wanted the OOD sets for gtsrb, got none"),
     ],
 )
