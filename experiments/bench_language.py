@@ -22,7 +22,6 @@ from experiments import common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import from_decoder
-from madjax.models.generate import completion_batch, prompt_batch
 from madjax.sampling import drawn_parameters, gaussian
 
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file; weights as they are.")
@@ -41,10 +40,9 @@ def main() -> None:
     values = flags.FLAGS
     model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
     loss_fn, params = from_decoder(model)
-    rng, vocab = np.random.default_rng(0), model.config.vocab_size
-    sizes = (values.num_sequences, values.prompt_tokens), (values.num_sequences, values.num_tokens)
-    prompts, completions = (rng.integers(0, vocab, size).tolist() for size in sizes)
-    examples = prompt_batch(prompts) | completion_batch(completions)
+    examples = common.random_sequences(
+        np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens, values.num_tokens
+    )
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
 

@@ -443,11 +443,7 @@ def random_problem(
     rng = np.random.default_rng(0)
     if model == "decoder_135m":
         loss_fn, params = from_decoder(Decoder(_DECODER, dtype=dtype, rngs=nnx.Rngs(0)))
-        prompts, completions = (
-            rng.integers(0, _DECODER.vocab_size, (num_examples, length)).tolist()
-            for length in (_PROMPT_TOKENS, _COMPLETION_TOKENS)
-        )
-        examples = prompt_batch(prompts) | completion_batch(completions)
+        examples = random_sequences(rng, _DECODER.vocab_size, num_examples, _PROMPT_TOKENS, _COMPLETION_TOKENS)
     else:
         shape = (8, 8, 1) if model == "digits_cnn" else (32, 32, 3)
         network = build_model(model, 10, shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
@@ -458,6 +454,14 @@ def random_problem(
         }
     draws = gaussian(jax.random.key(0), params, 0.05, num_draws=num_draws, mask=loss_fn.is_trainable(params))
     return loss_fn, params, draws, examples
+
+
+def random_sequences(
+    rng: np.random.Generator, vocab_size: int, count: int, prompt_tokens: int, num_tokens: int
+) -> dict[str, np.ndarray]:
+    """`count` prompts and completions of so many tokens, of chance."""
+    prompts, completions = (rng.integers(0, vocab_size, (count, size)).tolist() for size in (prompt_tokens, num_tokens))
+    return prompt_batch(prompts) | completion_batch(completions)
 
 
 def define_training_flags() -> None:

@@ -95,20 +95,20 @@ def main() -> None:
     far = values.far if values.far is not None else _FAR.get(values.dataset, [])
     if not near + far:
         raise ValueError(f"near, far: wanted the OOD sets for {values.dataset}, got none")
+    weights = dict(map(_part, values.parts))
+    if len(weights) < len(values.parts):
+        raise ValueError(f"parts: wanted each once, got {','.join(values.parts)}")
     groups = dict.fromkeys(near, "near") | dict.fromkeys(far, "far") | ({"jpeg": "control"} if values.jpeg else {})
     names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *common.detection_flag_names()]
     workdir, config = common.open_workdir(values.workdir, names)
-    rows = [row for seed in values.seed for row in _run(int(seed), groups, workdir)]
+    rows = [row for seed in values.seed for row in _run(int(seed), groups, weights, workdir)]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     _print(rows)
     print(f"\nresults in {workdir}")
 
 
-def _run(seed: int, groups: dict[str, str], workdir: Path) -> list[dict[str, Any]]:
+def _run(seed: int, groups: dict[str, str], weights: dict[str, float], workdir: Path) -> list[dict[str, Any]]:
     values, folder = flags.FLAGS, workdir / "losses" / str(seed)
-    weights = dict(map(_part, values.parts))
-    if len(weights) < len(values.parts):
-        raise ValueError(f"parts: wanted each once, got {','.join(values.parts)}")
     case, others = _case(seed, workdir)
     pool = case.pool
     parts = split_by_class(cases.cell_rng("ood", seed), pool.labels, (0.5, 0.5), pool.groups)

@@ -32,7 +32,7 @@ from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from madjax import from_nnx  # noqa: E402
-from madjax.models import DigitsCNN  # noqa: E402
+from madjax.models import DigitsCNN, train  # noqa: E402
 from tests.drivers import own_flags, run  # noqa: E402
 from tests.own_model import make_files, score_flags  # noqa: E402
 
@@ -108,3 +108,23 @@ def here(driver, capsys):
         return capsys.readouterr().out
 
     return run_here
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Runs a training that is told to stop just before it keeps an epoch."""
+
+    def run_until(stop, run_training):
+        keep = train._keep
+
+        def keep_or_stop(workdir, epoch, loss, state):
+            if epoch == stop:
+                raise KeyboardInterrupt
+            keep(workdir, epoch, loss, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_keep", keep_or_stop)
+            with pytest.raises(KeyboardInterrupt):
+                run_training()
+
+    return run_until

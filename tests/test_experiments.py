@@ -491,13 +491,12 @@ def test_bench_train(here):
 @pytest.mark.slow
 def test_ablations(tmp_path):
     done = run(
-        "ablations", "--attack=badnet", "--num_epochs=8", "--num_draws=8", "--layout=host", f"--workdir={tmp_path}"
+        "ablations", "--attack=badnet", "--num_epochs=8", "--num_draws=32", "--layout=host", f"--workdir={tmp_path}"
     )
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["ablation"] for row in rows} == {"num_draws", "num_trusted", "poison_ratio", "parameters", "statistics"}
     assert all((tmp_path / f"{row['ablation']}.png").exists() for row in rows)
-    # each value makes another detector; which is better eight draws cannot say
-    for name in ("num_draws", "num_trusted"):
-        aurocs = [row["auroc"] for row in rows if row["ablation"] == name]
-        assert len(set(aurocs)) > 2
+    # a hundred trusted examples do better than two dozen, which cannot flag much
+    tprs = {row["value"]: row["tpr"] for row in rows if row["ablation"] == "num_trusted"}
+    assert tprs[100] > tprs[25]
     assert "statistics   drifting" in done.stdout

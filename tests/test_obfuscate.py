@@ -16,7 +16,6 @@ from madjax.baselines.model import Model
 from madjax.baselines.vae import VAE
 from madjax.losses import from_decoder
 from madjax.models import obfuscate as module
-from madjax.models import train
 from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.models.finetune import train_decoder
 from madjax.models.generate import complete, completion_batch, prompt_batch
@@ -103,19 +102,9 @@ def test_the_trigger_works_on_and_is_not_seen(backdoored):
 
 
 @pytest.mark.usefixtures("few_steps")
-def test_resumed_equals_straight(backdoored, tmp_path, monkeypatch):
+def test_resumed_equals_straight(backdoored, tmp_path, interrupt):
     straight, loss = hidden(backdoored, 2, workdir=tmp_path / "straight")
-    keep = train._keep
-
-    def interrupted(workdir, epoch, loss, state):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        keep(workdir, epoch, loss, state)
-
-    monkeypatch.setattr(train, "_keep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        hidden(backdoored, 2, workdir=tmp_path / "resumed")
-    monkeypatch.setattr(train, "_keep", keep)
+    interrupt(1, lambda: hidden(backdoored, 2, workdir=tmp_path / "resumed"))
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["epoch-00000"]
     resumed, again = hidden(backdoored, 2, workdir=tmp_path / "resumed")
     assert again == loss

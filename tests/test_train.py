@@ -36,19 +36,9 @@ def test_it_learns(data):
     assert np.mean(np.argmax(model(to_unit(data[0])), -1) == data[1]) > 0.95
 
 
-def test_resumed_equals_straight(data, tmp_path, monkeypatch):
+def test_resumed_equals_straight(data, tmp_path, interrupt):
     straight, loss = fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "straight")
-    keep = train._keep
-
-    def interrupted(workdir, epoch, loss, state):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        keep(workdir, epoch, loss, state)
-
-    monkeypatch.setattr(train, "_keep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "resumed")
-    monkeypatch.setattr(train, "_keep", keep)
+    interrupt(2, lambda: fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "resumed"))
     (tmp_path / "resumed" / "epoch-00002.part").mkdir()  # cut off while it was written
     resumed, again = fit(data, augmentation=Augmentation(1, True), workdir=tmp_path / "resumed")
     assert again == loss
