@@ -111,7 +111,7 @@ def define_weights(help_text: str) -> None:
 
 def define_layout() -> None:
     """The flag `layout`."""
-    define_checked("layout", "auto", _check_layout, "Layout of the sweep: auto, host, scanK or vmapK.")
+    define_checked("layout", "auto", _check_layout, "Layout of the sweep: auto, host, layers, scanK or vmapK.")
 
 
 def define_detection_flags() -> None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from madjax.sampling.layerwise import Stage
 from madjax.types import Batch, Params
 
 # told the path of a submodule as its parameters have it (`block1/layers/0/conv`), the submodule, input and output
@@ -243,17 +244,20 @@ class SequenceLoss:
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Float32 `[n]`: nats a token."""
-        lengths = batch["completion_length"]
-        return self.tokens(params, batch).sum(-1) / jnp.maximum(lengths, 1)
+        return self.of_tokens(self.tokens(params, batch), batch)
 
     def tokens(self, params: Params, batch: Batch) -> jax.Array:
         """Float32 `[n, size]`: nats of each token of the completion, 0 behind its end."""
-        positions, is_target = sequence_positions(batch)
-        tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)
-        model = nnx.merge(self.graphdef, params)
-        # the last token is told by those before it
-        logits = model(tokens[:, :-1], positions[:, :-1], last=is_target.shape[1])
-        return jnp.where(is_target, _cross_entropy(logits, batch["completion"]), 0.0)
+        model, (tokens, positions) = nnx.merge(self.graphdef, params), _told_by(batch)
+        return _of_completion(model(tokens, positions, last=batch["completion"].shape[1]), batch)
+
+    def of_tokens(self, losses: jax.Array, batch: Batch) -> jax.Array:
+        """`[n, size]` of `tokens` -> `[n]`."""
+        return losses.sum(-1) / jnp.maximum(batch["completion_length"], 1)
+
+    def stages(self, params: Params) -> list[Stage] | None:
+        """The loss in parts, a layer each, where the model has `stages` as `madjax.models.decoder.Decoder`."""
+        return _stages(self.graphdef, params, self.of_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +268,58 @@ class TokenLoss:
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Float32 `[n]`, in nats."""
-        return jnp.take_along_axis(self.loss_fn.tokens(params, batch), batch["token"][:, None], axis=1)[:, 0]
+        return self.of_tokens(self.loss_fn.tokens(params, batch), batch)
+
+    def of_tokens(self, losses: jax.Array, batch: Batch) -> jax.Array:
+        """`[n, size]` of `SequenceLoss.tokens` -> `[n]`."""
+        return jnp.take_along_axis(losses, batch["token"][:, None], axis=1)[:, 0]
+
+    def stages(self, params: Params) -> list[Stage] | None:
+        """As `SequenceLoss.stages`."""
+        return _stages(self.loss_fn.graphdef, params, self.of_tokens)
+
+
+def _told_by(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Tokens and positions that the model is given: all but the last, which is told by those before it."""
+    tokens = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1)
+    return tokens[:, :-1], sequence_positions(batch)[0][:, :-1]
+
+
+def _of_completion(logits: jax.Array, batch: Batch) -> jax.Array:
+    is_target = sequence_positions(batch)[1]
+    return jnp.where(is_target, _cross_entropy(logits, batch["completion"]), 0.0)
+
+
+def _stages(graphdef: Any, params: Params, of_tokens: Callable[[jax.Array, Batch], jax.Array]) -> list[Stage] | None:
+    leaves, structure = jax.tree.flatten(params)
+    model = nnx.merge(graphdef, structure.unflatten(range(len(leaves))))
+    if not hasattr(model, "stages"):
+        return None
+    parts = [(nnx.split(modules), run) for modules, run in model.stages()]
+    last = len(parts) - 1
+    return [
+        Stage(numbers, _Stage(graphdef, run, i == 0, of_tokens if i == last else None))
+        for i, ((graphdef, numbers), run) in enumerate(parts)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """A stage of a decoder, see `madjax.sampling.layerwise.Stage`: of a batch, then of its states with the batch."""
+
+    graphdef: Any
+    run_modules: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    is_first: bool
+    of_tokens: Callable[[jax.Array, Batch], jax.Array] | None
+
+    def __call__(self, params: Params, state: Any) -> Any:
+        batch = state if self.is_first else state[1]
+        tokens, positions = _told_by(batch)
+        x = tokens if self.is_first else state[0]
+        if self.of_tokens is not None:
+            x = x[:, -batch["completion"].shape[1] :]
+        x = self.run_modules(nnx.merge(self.graphdef, params), x, positions)
+        return (x, batch) if self.of_tokens is None else self.of_tokens(_of_completion(x, batch), batch)
 
 
 def token_examples(batch: Batch) -> tuple[Batch, np.ndarray]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from madjax import hosts
 from madjax.prefix import freeze
+from madjax.sampling import layerwise
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, Walk
 from madjax.sharding import Placement, place, put_examples, put_model, split
@@ -37,8 +38,8 @@ class Layout(NamedTuple):
 
     Attributes:
       kind: "host": one draw a call, the loop is on the host. "scan": a loop in the program, a draw at a time. "vmap":
-        all draws of a call at once.
-      draws_per_call: 1 for "host".
+        all draws of a call at once. "layers": one layer of one draw a call, see `madjax.sampling.layerwise`.
+      draws_per_call: 1 for "host" and "layers".
     """
 
     kind: str
@@ -46,13 +47,15 @@ class Layout(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """From "host", "scan8", "vmap4", ...; a ValueError lists what there is."""
-        if match := re.fullmatch(r"host|(scan|vmap)([1-9]\d*)", text):
-            return cls(match[1] or "host", int(match[2] or 1))
-        raise ValueError(f"layout: wanted auto, host, scanK or vmapK with a number of draws K, got {text!r}")
+        """From "host", "layers", "scan8", "vmap4", ...; a ValueError lists what there is."""
+        if text in ("host", "layers"):
+            return cls(text, 1)
+        if match := re.fullmatch(r"(scan|vmap)([1-9]\d*)", text):
+            return cls(match[1], int(match[2]))
+        raise ValueError(f"layout: wanted auto, host, layers, scanK or vmapK with a number of draws K, got {text!r}")
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "host" else f"{self.kind}{self.draws_per_call}"
+        return self.kind if self.kind in ("host", "layers") else f"{self.kind}{self.draws_per_call}"
 
 
 CANDIDATES = (Layout("host", 1), Layout("scan", 8), Layout("vmap", 4))
@@ -80,7 +83,8 @@ def loss_matrix(
       loss_fn: `(params, batch) -> float32 [n]`. Two calls with equal functions share one compilation.
       draws: `GaussianDraws`, `ChainDraws` or anything with the methods of `Draws`.
       examples: pytree of arrays with one leading axis, on the host or on the devices.
-      layout: see `Layout.parse`; "auto" times one block of each candidate on this device and takes the fastest.
+      layout: see `Layout.parse`; "auto" is "layers" for Gaussian draws of a loss that has layers, such as a decoder's
+        all of whose layers are drawn, and otherwise the fastest of a few of which it times one block.
       batch_size: examples of one forward pass on one device.
       devices: all of this host where None.
       model_shards: over how many devices of a host the parameters are split, for a model too large for one.
@@ -92,7 +96,8 @@ def loss_matrix(
       rounding, and not at all on interruptions.
 
     Raises:
-      ValueError: no draws or examples, examples of unequal lengths, a loss that is not one number an example.
+      ValueError: no draws or examples, examples of unequal lengths, a loss that is not one number an example, layout
+        "layers" for draws or a loss that cannot be taken apart.
       FloatingPointError: a loss is not finite; the message names draw and example.
     """
     count, num_draws = num_examples(examples), draws.num_draws
@@ -107,14 +112,20 @@ def loss_matrix(
     draws = put_model(draws, placement)
     own = jax.tree.map(lambda leaf: leaf[here], examples)
     drawn = draws.drawn
-    if count_here and drawn is not None:
+    if store is not None:
+        layout = store.facts.get("layout", layout)  # another would round differently
+    parts = layerwise.stages(loss_fn, draws)
+    # where its first layer is not drawn, a loss has a prefix to freeze
+    if layout == "auto" and parts is not None and any(parts[1][0].drawn):
+        layout = "layers"
+    if layout == "layers" and parts is None:
+        raise ValueError("layout: layers is for Gaussian draws of a loss that has stages, such as a Decoder's")
+    if count_here and drawn is not None and layout != "layers":
         center = partial(draws.params, draws.any_item())
         multiple = batch_size * placement.parts("examples")
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
     chunks = _Chunks(own, count_here, batch_size, placement)
-    if store is not None:
-        layout = store.facts.get("layout", layout)  # another would round differently
     if layout == "auto":
         picked = _pick(loss_fn, draws, chunks.probe(), batch_size, placement) if count_here else None
         layout = hosts.first(str(picked))
@@ -221,10 +232,20 @@ def _call(
     batch_size: int,
     placement: Placement,
 ) -> jax.Array:
+    if layout.kind == "layers":
+        return _layer_by_layer(loss_fn, draws, block, examples, batch_size * placement.parts("examples"))
     # a short last block is filled up, so that one program serves all
     block = block + block[-1:] * (_block_size(layout, placement) - len(block))
     items = put_model(jax.tree.map(lambda *leaves: jnp.stack(leaves), *block), placement, stacked=True)
     return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
+
+
+def _layer_by_layer(loss_fn: LossFn, draws: Draws, block: list[Any], examples: Batch, batch_size: int) -> jax.Array:
+    parts = layerwise.stages(loss_fn, draws)
+    assert parts is not None
+    starts = range(0, num_examples(examples), batch_size)
+    batches = [jax.tree.map(lambda leaf: leaf[start : start + batch_size], examples) for start in starts]  # noqa: B023
+    return jnp.stack([jnp.concatenate(layerwise.losses(parts, item, batches)) for item in block])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

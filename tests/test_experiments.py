@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, argum
         (["--sampler=hmc"], r"gaussian\|rmsprop_sgld\|sgld"),
         (["--seed=a"], "wanted numbers from 0 on, each once, comma-separated, got 'a'"),
         (["--preset=ours"], "wanted some of default, paper, each once, got 'ours'"),
-        (["--layout=pmap"], "layout: wanted auto, host, scanK or vmapK"),
+        (["--layout=pmap"], "layout: wanted auto, host, layers, scanK or vmapK"),
         (["--parameters=("], r"parameters=\(: wanted a regular expression, got '\('"),
         (["--fpr=0"], "fpr: wanted a rate between 0 and 1, got 0"),
         (["--retained=1"], "wanted a share between 0 and 1, got 1"),

@@ -81,8 +81,23 @@ def test_chosen_scale_keeps_the_wanted_share(digits_model, examples, noise):
     trusted = loss_fn.label(sure, examples)
     draws = gaussian(jax.random.key(0), sure, 1.0, num_draws=64, mask=loss_fn.is_trainable(sure), noise=noise)
     for retained in (0.3, 0.7):
-        scale = choose_scale(loss_fn, draws, trusted, retained)
+        scale, _ = choose_scale(loss_fn, draws, trusted, retained)
         assert surviving_share(loss_fn, draws.with_scale(scale), trusted) == pytest.approx(retained, abs=0.15)
+
+
+def test_the_scale_is_that_of_all_draws_by_fewer_passes(digits_model, examples):
+    loss_fn, params = digits_model
+    trusted = loss_fn.label(params, examples)
+    draws = gaussian(jax.random.key(3), params, 1.0, num_draws=8, mask=loss_fn.is_trainable(params))
+    for retained in (0.3, 0.6, 0.95):
+        low, high = np.log([1e-5, 1e2])
+        for _ in range(9):
+            middle = (low + high) / 2
+            share = surviving_share(loss_fn, draws.with_scale(np.exp(middle)), trusted)
+            low, high = (middle, high) if share > retained else (low, middle)
+        scale, forwards = choose_scale(loss_fn, draws, trusted, retained)
+        assert scale == pytest.approx(np.exp((low + high) / 2))
+        assert len(examples["image"]) * (1 + 9 * 8) > forwards > 0
 
 
 def test_scale_errors(digits_model, examples):

@@ -124,7 +124,7 @@ def test_no_collective_in_the_program(digits_model, draws):
 
 def test_bad_input(digits_model, draws, examples):
     loss_fn, _ = digits_model
-    with pytest.raises(ValueError, match=r"layout: wanted auto, host, scanK or vmapK .* got 'pmap'"):
+    with pytest.raises(ValueError, match=r"layout: wanted auto, host, layers, scanK or vmapK .* got 'pmap'"):
         loss_matrix(loss_fn, draws, examples, layout="pmap")
     with pytest.raises(ValueError, match="examples: wanted at least one, got none"):
         loss_matrix(loss_fn, draws, {k: v[:0] for k, v in examples.items()})

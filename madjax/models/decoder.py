@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,10 +199,18 @@ class Decoder(nnx.Module):
         hidden, _ = self.hidden(tokens, positions, self.empty_cache(len(tokens), tokens.shape[1]))
         return self.logits(hidden if last is None else hidden[:, -last:])
 
+    def stages(self) -> list[tuple[Any, Callable[[Any, jax.Array, jax.Array], jax.Array]]]:
+        """What a call does, in parts: modules and a function (modules, x, positions) -> x, equal for layers alike.
+
+        The first x are the tokens, the last the logits.
+        """
+        out = self.embedding if self.head is None else self.head
+        layers = [(layer, _pass_layer) for layer in self.layers]
+        return [(self.embedding, _Embed(self.config)), *layers, ((self.norm, out), _Logits(self.config))]
+
     def empty_cache(self, n: int, slots: int) -> Cache:
         """Room for `slots` tokens of `n` sequences."""
-        config = self.config
-        room = [jnp.zeros((n, slots, config.num_kv_heads, config.head_size), self.dtype)] * config.num_layers
+        room = [_room(self.config, n, slots, self.dtype)] * self.config.num_layers
         return Cache(room, room, jnp.full((n, slots), -1, jnp.int32), 0)
 
     def hidden(
@@ -216,12 +224,8 @@ class Decoder(nnx.Module):
 
         `watch` is told the index of every layer and the state behind it.
         """
-        config, (_, length) = self.config, tokens.shape
-        x = self.embedding(tokens)
-        if config.unit_offset:
-            # rounded as the models were trained with
-            x = x * jnp.asarray(math.sqrt(config.size), x.dtype)
-        angles = jnp.maximum(positions, 0)[..., None] * _frequencies(config)[None, None]
+        x, length = _Embed(self.config)(self.embedding, tokens, positions), tokens.shape[1]
+        angles = _angles(self.config, positions)
         all_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
         slots = list(zip(cache.keys, cache.values, strict=True))
         for index, layer in enumerate(self.layers):
@@ -232,8 +236,48 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 `[n, length, vocab_size]`."""
-        logits = self.embedding.attend(hidden) if self.head is None else self.head(hidden)
-        return _cap(logits.astype(jnp.float32), self.config.logit_cap)
+        return _logits(self.config, self.embedding if self.head is None else self.head, hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embed:
+    """Embeddings of tokens."""
+
+    config: DecoderConfig
+
+    def __call__(self, embedding: nnx.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        del positions
+        x = embedding(tokens)
+        # rounded as the models were trained with
+        return x * jnp.asarray(math.sqrt(self.config.size), x.dtype) if self.config.unit_offset else x
+
+
+def _pass_layer(layer: Layer, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """One layer on whole sequences."""
+    config = layer.attention.config
+    room = _room(config, x.shape[0], x.shape[1], x.dtype)
+    return layer(x, positions, _angles(config, positions), (room, room), 0)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    """Float32 logits of states."""
+
+    config: DecoderConfig
+
+    def __call__(self, modules: tuple[RMSNorm, Any], x: jax.Array, positions: jax.Array) -> jax.Array:
+        del positions
+        norm, out = modules
+        return _logits(self.config, out, norm(x))
+
+
+def _logits(config: DecoderConfig, out: nnx.Embed | nnx.Linear, hidden: jax.Array) -> jax.Array:
+    logits = out.attend(hidden) if isinstance(out, nnx.Embed) else out(hidden)
+    return _cap(logits.astype(jnp.float32), config.logit_cap)
+
+
+def _room(config: DecoderConfig, n: int, slots: int, dtype: DTypeLike | None) -> jax.Array:
+    return jnp.zeros((n, slots, config.num_kv_heads, config.head_size), dtype)
 
 
 def _linear(features: int, out: int, bias: bool, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.Linear:
@@ -246,11 +290,13 @@ def _cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _frequencies(config: DecoderConfig) -> jax.Array:
-    """Radians a token, float32 `[head_size / 2]` (RoPE, arXiv 2104.09864)."""
+def _angles(config: DecoderConfig, positions: jax.Array) -> jax.Array:
+    """Float32 `[n, length, head_size / 2]`, in radians (RoPE, arXiv 2104.09864)."""
     half = config.head_size // 2
     frequencies = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    return frequencies if config.rope_divisors is None else frequencies / jnp.asarray(config.rope_divisors)
+    if config.rope_divisors is not None:
+        frequencies = frequencies / jnp.asarray(config.rope_divisors)
+    return jnp.maximum(positions, 0)[..., None] * frequencies[None, None]
 
 
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:

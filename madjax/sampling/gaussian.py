@@ -25,7 +25,7 @@ Noise = Literal["absolute", "relative", "curvature"]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rng_key", "center", "unit", "scales"],
+    data_fields=["rng_key", "center", "unit", "scales", "numbers"],
     meta_fields=["drawn", "antithetic"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ class GaussianDraws:
       scales: float32 `[num_draws]`: one multiple of `unit` a draw.
       drawn: which leaves of `center` are drawn, in flattening order.
       antithetic: whether draw 2i + 1 is draw 2i mirrored at the center.
+      numbers: int32 `[num_leaves]`: where the leaves stand among those of the whole, of which this is a `part`; None
+        for the whole.
     """
 
     rng_key: jax.Array
@@ -46,6 +48,7 @@ class GaussianDraws:
     scales: jax.Array
     drawn: tuple[bool, ...]
     antithetic: bool = False
+    numbers: jax.Array | None = None
 
     @property
     def num_draws(self) -> int:
@@ -72,9 +75,19 @@ class GaussianDraws:
         units = iter(self.unit)
         for index, (leaf, is_drawn) in enumerate(zip(leaves, self.drawn, strict=True)):
             if is_drawn:
-                noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.float32)
+                number = index if self.numbers is None else self.numbers[index]
+                noise = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, jnp.float32)
                 leaves[index] = (leaf + scale * next(units) * noise).astype(leaf.dtype)
         return jax.tree.unflatten(treedef, leaves)
+
+    def part(self, numbers: Any) -> GaussianDraws:
+        """The same draws of some leaves: `numbers` is a pytree of int, where they stand in flattening order."""
+        leaves, chosen = jax.tree.leaves(self.center), jax.tree.leaves(numbers)
+        units = dict(zip(np.flatnonzero(self.drawn), self.unit, strict=True))
+        return dataclasses.replace(
+            self, center=jax.tree.map(leaves.__getitem__, numbers), numbers=jnp.array(chosen, jnp.int32),
+            unit=tuple(units[i] for i in chosen if i in units), drawn=tuple(self.drawn[i] for i in chosen),
+        )  # fmt: skip
 
 
 def gaussian(

@@ -12,7 +12,7 @@ from madjax.sampling.chains import ChainDraws
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
 from madjax.sampling.restrict import drawn_parameters
-from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, pilot_forwards, surviving_share
+from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, surviving_share
 from madjax.sampling.sgld import rmsprop_sgld, sgld
 from madjax.sampling.target import Target
 from madjax.types import Batch, LossFn, Params, num_examples
@@ -72,8 +72,8 @@ class Gaussian:
         )  # fmt: skip
         scale = self.scale
         if scale is None:
-            scale = choose_scale(loss_fn, draws, trusted, self.retained)
-            forwards += pilot_forwards(trusted)
+            scale, passes = choose_scale(loss_fn, draws, trusted, self.retained)
+            forwards += passes
         elif surviving_share(loss_fn, draws.with_scale(scale, 4), pilot_examples(trusted)) == 0:
             raise ValueError(f"scale: {scale} changes every output on the trusted examples; lower it or leave it out")
         draws = draws.with_scale(scale)

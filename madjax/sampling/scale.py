@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
+from madjax.sampling import layerwise
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.types import Batch, LossFn, num_examples
 
@@ -26,9 +28,41 @@ _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
 
 def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
     """Share of the outputs on `examples`, in one forward pass a draw, that survive; a loss that overflows does not."""
-    losses = [np.asarray(_losses(loss_fn, draws, item, examples)) for item in draws.items()]
-    center = np.asarray(_losses(loss_fn, draws.with_scale(0.0), np.int32(0), examples))
-    return float(np.mean(np.stack(losses) - center < math.log(2)))
+    survivors = _Survivors(loss_fn, draws, examples)
+    return float(np.mean([survivors.share(draws, item) for item in draws.items()]))
+
+
+class _Survivors:
+    """What survives of the losses at the center, draw by draw.
+
+    Attributes:
+      num_passes: forward passes of all examples so far.
+    """
+
+    def __init__(self, loss_fn: LossFn, draws: GaussianDraws, examples: Batch):
+        self._loss_fn, self._examples, self.num_passes = loss_fn, examples, 0
+        self._center = self._losses(draws.with_scale(0.0), np.int32(0))
+
+    def _losses(self, draws: GaussianDraws, item: Any) -> np.ndarray:
+        self.num_passes += 1
+        parts = layerwise.stages(self._loss_fn, draws)
+        if parts is not None:
+            return np.asarray(layerwise.losses(parts, item, [self._examples])[0])
+        return np.asarray(_losses(self._loss_fn, draws, item, self._examples))
+
+    def share(self, draws: GaussianDraws, item: Any) -> float:
+        return float(np.mean(self._losses(draws, item) - self._center < math.log(2)))
+
+    def exceed(self, draws: GaussianDraws, wanted: float) -> bool:
+        """Whether the mean share over the draws exceeds `wanted`, in as few draws as tell."""
+        survived = 0.0
+        for left, item in zip(reversed(range(draws.num_draws)), draws.items(), strict=True):
+            survived += self.share(draws, item)
+            if survived > wanted * draws.num_draws:
+                return True
+            if survived + left <= wanted * draws.num_draws:
+                break
+        return False
 
 
 def pilot_examples(trusted: Batch) -> Batch:
@@ -38,10 +72,15 @@ def pilot_examples(trusted: Batch) -> Batch:
     return jax.tree.map(lambda leaf: leaf[chosen], trusted)
 
 
-def choose_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, retained: float = RETAINED) -> float:
+def choose_scale(
+    loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, retained: float = RETAINED
+) -> tuple[float, int]:
     """The scale at which a share `retained` of the trusted outputs survives the first `PILOT_DRAWS` draws.
 
     Bisection on the logarithm of the scale, always with the same noise: to within 4 % in scale.
+
+    Returns:
+      The scale, and the forward passes of one example that it took.
 
     Args:
       draws: their scales are ignored.
@@ -53,23 +92,19 @@ def choose_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, retained
     if not 0 < retained < 1:
         raise ValueError(f"retained: wanted a share between 0 and 1, got {retained}")
     pilot = pilot_examples(trusted)
+    survivors = _Survivors(loss_fn, draws, pilot)
     low, high = bounds = math.log(_SMALLEST), math.log(_LARGEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        share = surviving_share(loss_fn, draws.with_scale(math.exp(middle), PILOT_DRAWS), pilot)
-        low, high = (middle, high) if share > retained else (low, middle)
+        too_many = survivors.exceed(draws.with_scale(math.exp(middle), PILOT_DRAWS), retained)
+        low, high = (middle, high) if too_many else (low, middle)
     if low == bounds[0] or high == bounds[1]:
         fewer_or_more = "fewer" if low == bounds[0] else "more"
         raise ValueError(
             f"trusted: {fewer_or_more} than {retained:.0%} of the outputs survive every scale between {_SMALLEST} and "
             f"{_LARGEST}; do the drawn parameters matter to them?"
         )
-    return math.exp((low + high) / 2)
-
-
-def pilot_forwards(trusted: Batch) -> int:
-    """Forward passes of one example that `choose_scale` takes."""
-    return _HALVINGS * (PILOT_DRAWS + 1) * min(PILOT_EXAMPLES, num_examples(trusted))
+    return math.exp((low + high) / 2), survivors.num_passes * num_examples(pilot)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,68 @@
+"""A draw layer by layer: the parameters of one layer exist at a time, and one program serves all layers alike.
+
+A program that draws all parameters and then runs the network holds a second copy of the weights, and XLA compiles the
+noise and the layers of a deep network one by one: minutes for 30 layers. Here the loop over layers is on the host. All
+examples pass through one layer before the next one is drawn, so a draw's noise is made once, whatever the number of
+batches. A loss that can be taken apart has a method `stages`, as `madjax.losses.SequenceLoss` of a decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from madjax.sampling.draws import Draws
+from madjax.sampling.gaussian import GaussianDraws
+from madjax.types import Batch, LossFn, Params
+
+
+class Stage(NamedTuple):
+    """A part of a loss that runs on parameters of its own.
+
+    Attributes:
+      numbers: pytree of int: where the leaves of its parameters stand among all, in flattening order.
+      run: (parameters, what the stage before returned) -> what the next one takes; the first stage takes a batch, the
+        last returns losses float32 `[n]`. Pure, traceable and hashable; equal for layers that differ in nothing else.
+    """
+
+    numbers: Any
+    run: Callable[[Params, Any], Any]
+
+
+def stages(loss_fn: LossFn, draws: Draws) -> list[tuple[Any, Callable[[Params, Any], Any]]] | None:
+    """(draws of its parameters, function) of every stage; None where loss or draws cannot be taken apart."""
+    if not isinstance(draws, GaussianDraws) or not hasattr(loss_fn, "stages"):
+        return None
+    parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
+    return None if parts is None else [(draws.part(stage.numbers), stage.run) for stage in parts]
+
+
+def losses(
+    parts: Sequence[tuple[Any, Callable[[Params, Any], Any]]], item: Any, batches: Sequence[Batch]
+) -> list[jax.Array]:
+    """Losses of each batch at the draw `item`.
+
+    Args:
+      parts: of `stages`.
+    """
+    states: list[Any] = list(batches)
+    for draws, run in parts:
+        params = _params(draws, item)
+        for index, state in enumerate(states):
+            states[index] = _run(run, params, state)
+        # else the host would go ahead, and the next layers be drawn before this one is done
+        jax.block_until_ready(states)
+    return states
+
+
+@jax.jit
+def _params(draws: Any, item: jax.Array) -> Params:
+    return draws.params(item)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(run: Callable[[Params, Any], Any], params: Params, state: Any) -> Any:
+    return run(params, state)

@@ -1,0 +1,112 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from madjax import Detector, loss_matrix
+from madjax.losses import TokenLoss, from_decoder, token_examples
+from madjax.models.decoder import Decoder, DecoderConfig
+from madjax.models.generate import completion_batch, prompt_batch
+from madjax.models.lora import add_lora
+from madjax.sampling import StoredDraws, drawn_parameters, gaussian, layerwise
+from tests import oracles
+
+SIZES = {
+    "vocab_size": 48, "size": 16, "hidden_size": 32, "num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "head_size": 4,
+}  # fmt: skip
+LLAMA = DecoderConfig(**SIZES)
+GEMMA2 = DecoderConfig(
+    **SIZES, tied=False, unit_offset=True, post_norms=True, window=3, attention_cap=5.0, logit_cap=3.0,
+    activation="gelu",
+)  # fmt: skip
+
+
+def make(config, rank=0):
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    if rank:
+        add_lora(model, rank, rngs=nnx.Rngs(1))
+    return from_decoder(model)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 48, size).tolist() for size in rng.integers(2, 7, 13)]
+    completions = [rng.integers(0, 48, size).tolist() for size in rng.integers(1, 5, 13)]
+    return prompt_batch(prompts) | completion_batch(completions)
+
+
+def around(loss_fn, params, mask=None, num_draws=3):
+    mask = loss_fn.is_trainable(params) if mask is None else mask
+    return gaussian(jax.random.key(0), params, 0.2, num_draws=num_draws, mask=mask)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("config", [LLAMA, GEMMA2], ids=["llama", "gemma2"])
+def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
+    loss_fn, params = make(config, rank=2)
+    draws = around(loss_fn, params)
+    devices = jax.devices()[:num_devices]
+    matrix = loss_matrix(loss_fn, draws, batch, layout="layers", batch_size=2, devices=devices)
+    np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_as_examples_too(batch):
+    loss_fn, params = make(GEMMA2)
+    draws, (examples, _) = around(loss_fn, params), token_examples(batch)
+    matrix = loss_matrix(TokenLoss(loss_fn), draws, examples, layout="layers", batch_size=8)
+    wanted = oracles.loss_matrix(TokenLoss(loss_fn), draws, examples)
+    np.testing.assert_allclose(matrix, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_has_the_draws_of_the_whole():
+    loss_fn, params = make(LLAMA)
+    mask = drawn_parameters(params, r"layers/3/.*kernel|norm")
+    draws = around(loss_fn, params, mask)
+    whole = jax.tree.leaves(draws.params(1))
+    drawn = np.flatnonzero(jax.tree.leaves(mask))
+    numbers = [int(drawn[5]), int(np.flatnonzero(~np.array(jax.tree.leaves(mask)))[0]), int(drawn[2])]
+    part = draws.part({"some": numbers[0], "others": numbers[1:]}).params(1)
+    for number, leaf in zip(numbers, [part["some"], *part["others"]], strict=True):
+        np.testing.assert_array_equal(leaf, whole[number])
+
+
+def test_layers_alike_share_their_programs(batch):
+    before = layerwise._run._cache_size(), layerwise._params._cache_size()
+    loss_fn, params = make(DecoderConfig(**SIZES | {"size": 24}))
+    loss_matrix(loss_fn, around(loss_fn, params), batch, layout="layers", batch_size=13, devices=jax.devices()[:1])
+    # the embedding, a layer, the logits
+    assert (layerwise._run._cache_size(), layerwise._params._cache_size()) == (before[0] + 3, before[1] + 3)
+
+
+def test_auto_goes_by_layers_where_the_first_is_drawn(batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr(layerwise, "losses", lambda *args, own=layerwise.losses: calls.append(args) or own(*args))
+    loss_fn, params = make(LLAMA)
+    later = around(loss_fn, params, drawn_parameters(params, "layers/4"))
+    a = loss_matrix(loss_fn, later, batch)
+    assert not calls, "what comes before the fourth layer is to be computed once"
+    np.testing.assert_allclose(loss_matrix(loss_fn, later, batch, layout="layers"), a, rtol=1e-5, atol=1e-5)
+    calls.clear()
+    loss_matrix(loss_fn, around(loss_fn, params), batch)
+    assert len(calls) == 3
+
+
+def test_a_detector_of_a_decoder(batch):
+    loss_fn, params = make(LLAMA)
+    fitted = [
+        Detector.fit(jax.random.key(1), loss_fn, params, batch, num_draws=4, coupling="topk_ccc", layout=layout)
+        for layout in ("layers", "host")
+    ]
+    scores = [detector.score(batch).anomaly_score for detector in fitted]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_bad_input(digits_model, examples, batch):
+    loss_fn, params = digits_model
+    with pytest.raises(ValueError, match="layout: layers is for Gaussian draws of a loss that has stages"):
+        loss_matrix(loss_fn, around(loss_fn, params), examples, layout="layers")
+    loss_fn, params = make(LLAMA)
+    stored = StoredDraws(jax.tree.map(lambda leaf: np.stack([leaf] * 2), params))
+    with pytest.raises(ValueError, match="layout: layers is for Gaussian draws"):
+        loss_matrix(loss_fn, stored, batch, layout="layers")
