@@ -4,8 +4,9 @@ Anomalies of one mechanism move together over the draws. They are joined, the mo
 by average linkage, scikit-learn's), as long as two groups' traces correlate by more than chance on average. Mechanisms
 that lead to one class share much of their traces, namely what every output of that class shares, and come as one group.
 So each group is looked at again without its mean trace: where a single direction leads in how its members correlate
-with one another, it is two mechanisms and is split there, by two Gaussians of one covariance in its leading principal
-components. What is left in groups that are too small shares its mechanism with too few to tell.
+with one another, it is split there, by two Gaussians of one covariance in its leading principal components, and is two
+mechanisms where these lie far apart. What is left in groups that are too small shares its mechanism with too few to
+tell.
 `docs/results-beyond.md` tells how the settings were chosen.
 """
 
@@ -23,7 +24,8 @@ from madjax.types import LossMatrix
 
 MIN_SIZE = 10  # of a group; fewer alike anomalies are chance
 MIN_CORRELATION = 0.15  # mean, between the traces of two groups that are joined
-LEADING_SHARE = 0.55  # of the leading direction, from which on a group is two
+LEADING_SHARE = 0.55  # of the leading direction, from which on a group may be two
+MIN_DISTANCE = 6.0  # of the two, in standard deviations; halves of a single Gaussian cloud are 4 to 5 apart here
 _NUM_COMPONENTS = 12
 _NOISE = 1e-6  # the least variance of a component, relative to the mean
 
@@ -123,9 +125,16 @@ def _split(shapes: np.ndarray, members: np.ndarray, min_size: int, leading_share
     components = axes[:, :count] * scales[:count]
     second = _two_gaussians(components / components.std(), first)
     sides = [members[second == side] for side in (0, 1)]
-    if min(map(len, sides)) < min_size:
+    if min(map(len, sides)) < min_size or _distance(components, second) < MIN_DISTANCE:
         return [members]
     return [part for side in sides for part in _split(shapes, side, min_size, leading_share)]
+
+
+def _distance(points: np.ndarray, side: np.ndarray) -> float:
+    """Mahalanobis distance between the means of the points `[n, d]` of two sides."""
+    means = np.stack([points[side == label].mean(0) for label in (0, 1)])
+    within, gap = np.atleast_2d(np.cov((points - means[side]).T, bias=True)), means[1] - means[0]
+    return float(np.sqrt(gap @ np.linalg.pinv(within, hermitian=True) @ gap))
 
 
 def _two_gaussians(points: np.ndarray, start: np.ndarray | None) -> np.ndarray:

@@ -57,6 +57,14 @@ def test_one_mechanism_is_not_split_along_what_its_members_differ_in():
     assert group_by_mechanism(made).num_groups == 1
 
 
+def test_a_cloud_with_one_leading_direction_is_not_split():
+    rng = np.random.default_rng(4)
+    made, _ = traces(rng, [200], shared=1.5)
+    # it leads, and there is no gap in it
+    made += 1.5 * rng.normal(size=(NUM_DRAWS, 1)) * rng.normal(size=200)
+    assert group_by_mechanism(made).num_groups == 1
+
+
 def test_the_most_central_examples_carry_least_noise():
     rng = np.random.default_rng(4)
     signal, noise = rng.normal(size=(NUM_DRAWS, 1)), rng.normal(size=(NUM_DRAWS, 30))
