@@ -4,7 +4,9 @@ r"""What detection depends on, one figure each: draws, trusted examples, poison 
 
 Four minutes on 2 CPU cores for digits. Takes the data set and training flags of experiments.backdoor. All but what a
 figure varies stays at the defaults; "statistics" compares chains of the paper's kernel, on plain traces, whose batch
-statistics are frozen or drift. Writes results.json (a row a setting, attack and seed) and <ablation>.png.
+statistics are frozen or drift. Rivals (`--detector=functional,mahalanobis`) join where it may change them, with the
+number of trusted examples and the poison ratio. Writes results.json (a row a setting, detector, attack and seed) and
+<ablation>.png.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from tqdm import tqdm
 from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
+from madjax.baselines import Baseline, lookup
 from madjax.sampling.perturbation import Perturbation
 from madjax.scorer import Scorer, Scores
 
 common.define_training_flags()
 common.define_list("attack", ["badnet", "blended", "sig"], list(ATTACKS), "Attacks.")
 common.define_seeds()
+common.define_detectors(with_ours=True)
 flags.DEFINE_integer("num_draws", 128, "Draws where their number is not what varies.", lower_bound=8)
 common.define_layout()
 flags.DEFINE_string("workdir", "runs/ablations", "Folder for results.")
@@ -36,6 +40,7 @@ flags.DEFINE_string("workdir", "runs/ablations", "Folder for results.")
 _NUM_DRAWS = (8, 16, 32, 64, 128, 256)
 _NUM_TRUSTED = (25, 50, 100, 200, 400)
 _POISON_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
+_FPR = 0.05
 
 
 class _Cell:
@@ -63,9 +68,17 @@ class _Cell:
             **settings,
         )
 
-    def row(self, scores: Scores) -> dict[str, Any]:
+    def row(self, scores: Scores, detector: str = common.FUNCTIONAL) -> dict[str, Any]:
         counted = self.test.counted
-        return report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, 0.05)
+        row = report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR)
+        return {"detector": detector, **row}
+
+    def rivals(self, num_trusted: int | None = None) -> Iterator[dict[str, Any]]:
+        trusted = jax.tree.map(lambda leaf: leaf[:num_trusted], self.test.trusted)
+        for name in flags.FLAGS.detector:
+            if name != common.FUNCTIONAL:
+                baseline = Baseline.fit(lookup(name), self.case.loss_fn, self.case.params, trusted, fpr=_FPR)
+                yield self.row(baseline.score({"image": self.test.images}), name)
 
     def score(self, detector: Detector) -> dict[str, Any]:
         return self.row(detector.score({"image": self.test.images}))
@@ -74,7 +87,7 @@ class _Cell:
 def main() -> None:
     """Runs all ablations on all models."""
     values = flags.FLAGS
-    names = [*common.TRAINING_FLAGS, "attack", "seed", "num_draws"]
+    names = [*common.TRAINING_FLAGS, "attack", "seed", "detector", "num_draws"]
     workdir, config = common.open_workdir(values.workdir, names)
     rows: list[dict[str, Any]] = []
     cells = [(attack, int(seed)) for seed in values.seed for attack in values.attack]
@@ -86,11 +99,12 @@ def main() -> None:
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
     for name in _ABLATIONS:
         _plot(workdir / f"{name}.png", name, [row for row in rows if row["ablation"] == name])
-        for value in dict.fromkeys(row["value"] for row in rows if row["ablation"] == name):
-            chosen = [row for row in rows if (row["ablation"], row["value"]) == (name, value)]
+        settings = [(row["value"], row["detector"]) for row in rows if row["ablation"] == name]
+        for setting in dict.fromkeys(settings):
+            chosen = [row for row in rows if (row["ablation"], row["value"], row["detector"]) == (name, *setting)]
             keys = {"AUROC": "auroc", "FPR": "realized_fpr", "TPR": "tpr", "DER": "der"}
             means = [f"{label} {np.nanmean([row[key] for row in chosen]):.3f}" for label, key in keys.items()]
-            print(f"{name:<12} {value!s:<12}", *means)
+            print(f"{name:<12} {setting[0]!s:<12} {setting[1]:<20}", *means)
     print(f"results in {workdir}")
 
 
@@ -111,6 +125,7 @@ def _num_trusted(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     for count in _NUM_TRUSTED:
         # the trusted examples lie in random order; the last step takes all there are
         yield count, cell.row(Scorer.fit(trusted[:, :count], trusted_classes[:count]).score(losses, classes))
+        yield from ((count, row) for row in cell.rivals(count))
 
 
 def _poison_ratio(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -119,6 +134,7 @@ def _poison_ratio(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
         if len(other.test.counted.triggered) < 20:
             continue  # the backdoor was not learned: there is nothing to find
         yield ratio, other.score(other.fit(Gaussian(), flags.FLAGS.num_draws))
+        yield from ((ratio, row) for row in other.rivals())
 
 
 def _parameters(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -146,10 +162,12 @@ _ABLATIONS: dict[str, Callable[[_Cell], Iterator[tuple[Any, dict[str, Any]]]]] =
 def _plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     values = list(dict.fromkeys(row["value"] for row in rows))
-    for attack in dict.fromkeys(row["attack"] for row in rows):
+    for attack, detector in dict.fromkeys((row["attack"], row["detector"]) for row in rows):
+        own = [row for row in rows if (row["attack"], row["detector"]) == (attack, detector)]
+        label = attack if detector == common.FUNCTIONAL else f"{attack}, {detector}"
         for axis, key in zip(axes, ("auroc", "der"), strict=True):
-            shown = [[row[key] for row in rows if (row["attack"], row["value"]) == (attack, value)] for value in values]
-            report.plot_ranges(axis, list(map(str, values)), shown, attack)
+            shown = [[row[key] for row in own if row["value"] == value] for value in values]
+            report.plot_ranges(axis, list(map(str, values)), shown, label)
     for axis, label in zip(axes, ("AUROC", "DER"), strict=True):
         axis.set(xlabel=name.replace("_", " "), ylabel=label)
     axes[0].legend()

@@ -3,15 +3,17 @@ r"""Speed and memory of a language model's sweep on this device.
     python -m experiments.bench_language --model=tiny
     python -m experiments.bench_language --model=smollm2 --num_sequences=32 --num_draws=2
 
-Prints one JSON object: sequences a second (losses of one draw and one sequence; median over turns, compilation apart),
-bytes of the weights, and bytes that the compiled program of one draw takes beside them, as XLA plans it.
+Prints one JSON object: bytes of the weights and, for each of --layouts, sequences a second (losses of one draw and one
+sequence; median over turns, which take turns, compilation apart) and bytes that a draw takes beside the weights, as XLA
+plans it.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,9 @@ from absl import flags
 from experiments import common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
-from madjax.losses import from_decoder
-from madjax.sampling import drawn_parameters, gaussian
+from madjax.losses import SequenceLoss, from_decoder
+from madjax.sampling import GaussianDraws, drawn_parameters, gaussian, layerwise
+from madjax.types import Batch
 
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file; weights as they are.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
@@ -33,6 +36,7 @@ flags.DEFINE_integer("num_tokens", 10, "Tokens of a completion.", lower_bound=1)
 flags.DEFINE_integer("num_draws", 4, "Draws of one turn.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Sequences of one forward pass.", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
+common.define_list("layouts", ["host", "layers"], ["host", "layers"], "Layouts of the sweep.")
 
 
 def main() -> None:
@@ -46,15 +50,13 @@ def main() -> None:
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
 
-    start = time.perf_counter()
-    sweep = {"sweep": lambda: loss_matrix(loss_fn, draws, examples, layout="host", batch_size=values.batch_size)}
-    sweep["sweep"]()
-    first = time.perf_counter() - start
-    seconds = statistics.median(common.time_in_turns(sweep, values.repeats)["sweep"])
+    def sweep(layout: str) -> None:
+        loss_matrix(loss_fn, draws, examples, layout=layout, batch_size=values.batch_size)
 
+    first = {layout: common.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
+    turns = common.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
+    seconds = {layout: statistics.median(times) for layout, times in turns.items()}
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[: values.batch_size]), examples)
-    one_draw = jax.jit(lambda draws, item, batch: loss_fn(draws.params(item), batch))
-    planned = one_draw.lower(draws, draws.any_item(), batch).compile().memory_analysis()
     leaves = jax.tree.leaves(params)
     row = {
         "device": common.device(),
@@ -63,14 +65,38 @@ def main() -> None:
         "num_parameters": sum(leaf.size for leaf in leaves),
         "num_drawn": sum(leaf.size for leaf, drawn in zip(leaves, jax.tree.leaves(mask), strict=True) if drawn),
         "tokens_a_sequence": values.prompt_tokens + values.num_tokens,
-        "sequences_a_second": values.num_sequences * values.num_draws / seconds,
-        "seconds_a_draw": seconds / values.num_draws,
-        "compile_seconds": max(0.0, first - seconds),
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-        "program_bytes": None if planned is None else planned.temp_size_in_bytes,
-        "peak_bytes": common.peak_memory(),
+        "layouts": {
+            layout: {
+                "sequences_a_second": values.num_sequences * values.num_draws / seconds[layout],
+                "seconds_a_draw": seconds[layout] / values.num_draws,
+                "compile_seconds": max(0.0, first[layout] - seconds[layout]),
+                "bytes_beside_weights": _bytes(layout, loss_fn, draws, batch),
+            }
+            for layout in values.layouts
+        },
     }
     print(json.dumps(row))
+
+
+def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, batch: Batch) -> int:
+    """What a draw takes beside weights and examples: of its largest stage, or of the whole program."""
+    item = draws.any_item()
+
+    def planned(function: Any, *args: Any) -> tuple[int, int]:
+        plan = jax.jit(function).lower(*args).compile().memory_analysis()
+        assert plan is not None
+        return plan.temp_size_in_bytes, plan.output_size_in_bytes
+
+    if layout == "host":
+        return sum(planned(lambda draws, batch: loss_fn(draws.params(item), batch), draws, batch))
+    most, state = 0, batch
+    for part, run in layerwise.stages(loss_fn, draws) or []:
+        params = part.params(item)
+        making, made = planned(lambda part: part.params(item), part)
+        running, left = planned(run, params, state)
+        most, state = max(most, made + max(making, running + left)), run(params, state)
+    return most
 
 
 if __name__ == "__main__":

@@ -40,13 +40,14 @@ from experiments.language_models import (
     make_case,
     read_model,
 )
-from madjax import Detector, loss_matrix, report
+from madjax import Detector, report
 from madjax.attacks.text import TEXT_BACKDOORS
 from madjax.baselines import HIDDEN
 from madjax.coupling import couplings
 from madjax.data.text import load_prompts
 from madjax.interop.tokenizer import ChatTokenizer
-from madjax.losses import SequenceLoss, TokenLoss, from_decoder, token_examples
+from madjax.losses import SequenceLoss, TokenLoss, from_decoder
+from madjax.sampling.layerwise import draw_losses
 from madjax.scorer import Scores
 
 common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
@@ -198,14 +199,13 @@ def token_couplings(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts)
     """For each completion, how far the trusted completions explain each of its tokens: the correlation of the token's
     trace with the ten trusted ones that it goes with most.
     """
-    examples, owner = token_examples(prompts.batch)
-    losses = loss_matrix(
-        TokenLoss(loss_fn), detector.draws, examples, layout=detector.layout,
-        batch_size=detector.batch_size,
-    )  # fmt: skip
-    scorer = detector.scorer
-    values = couplings("topk_correlation", scorer.map(scorer.trusted), scorer.map(losses))
-    return [values[owner == index] for index in range(len(prompts.texts))]
+    draws, each = detector.draws, TokenLoss(loss_fn)
+    losses = np.stack([np.asarray(draw_losses(each, draws, item, prompts.batch)) for item in draws.items()])
+    trusted = detector.scorer.map(detector.scorer.trusted)
+    return [
+        couplings("topk_correlation", trusted, detector.scorer.map(losses[:, index, :length]))
+        for index, length in enumerate(prompts.batch["completion_length"])
+    ]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from unittest import mock
 import flax.linen
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from madjax.sampling.layerwise import Stage
@@ -262,21 +261,22 @@ class SequenceLoss:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
-    """Negative log-likelihood of one token of a completion: that at `batch["token"]`, int32 `[n]`."""
+    """Negative log-likelihood of every token of a completion by itself: `SequenceLoss.tokens` as a loss."""
 
     loss_fn: SequenceLoss
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
-        """Float32 `[n]`, in nats."""
-        return self.of_tokens(self.loss_fn.tokens(params, batch), batch)
-
-    def of_tokens(self, losses: jax.Array, batch: Batch) -> jax.Array:
-        """`[n, size]` of `SequenceLoss.tokens` -> `[n]`."""
-        return jnp.take_along_axis(losses, batch["token"][:, None], axis=1)[:, 0]
+        """Float32 `[n, size]`, in nats, 0 behind a completion's end."""
+        return self.loss_fn.tokens(params, batch)
 
     def stages(self, params: Params) -> list[Stage] | None:
         """As `SequenceLoss.stages`."""
-        return _stages(self.loss_fn.graphdef, params, self.of_tokens)
+        return _stages(self.loss_fn.graphdef, params, _each)
+
+
+def _each(losses: jax.Array, batch: Batch) -> jax.Array:
+    del batch
+    return losses
 
 
 def _told_by(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -320,14 +320,6 @@ class _Stage:
             x = x[:, -batch["completion"].shape[1] :]
         x = self.run_modules(nnx.merge(self.graphdef, params), x, positions)
         return (x, batch) if self.of_tokens is None else self.of_tokens(_of_completion(x, batch), batch)
-
-
-def token_examples(batch: Batch) -> tuple[Batch, np.ndarray]:
-    """Every token of every completion as an example for `TokenLoss`, and the sequence that each belongs to."""
-    lengths = np.asarray(batch["completion_length"])
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    token = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
-    return {**jax.tree.map(lambda leaf: leaf[owner], batch), "token": token}, owner
 
 
 def sequence_positions(batch: Batch) -> tuple[jax.Array, jax.Array]:

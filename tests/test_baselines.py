@@ -461,6 +461,13 @@ def test_constant_features_are_refused(name):
         baseline_named(name).fit(constant)
 
 
+def test_vae_tells_what_is_far_out_by_a_number():
+    score = VAE(num_steps=50).fit(TRUSTED)
+    far = score({**TRUSTED, "features": TRUSTED["features"] * 1e6})
+    assert np.isfinite(far).all()
+    assert far.min() > score(TRUSTED).max()
+
+
 @pytest.mark.parametrize("name", [name for name in FEATURE_BASELINES if name != "vae"])
 def test_some_constant_features_are_not(name):
     trusted, test = (dict(values) for values in (TRUSTED, TEST))

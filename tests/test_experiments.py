@@ -491,12 +491,17 @@ def test_bench_train(here):
 @pytest.mark.slow
 def test_ablations(tmp_path):
     done = run(
-        "ablations", "--attack=badnet", "--num_epochs=8", "--num_draws=32", "--layout=host", f"--workdir={tmp_path}"
-    )
+        "ablations", "--attack=badnet", "--num_epochs=8", "--num_draws=32", "--layout=host",
+        "--detector=functional,mahalanobis", f"--workdir={tmp_path}",
+    )  # fmt: skip
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["ablation"] for row in rows} == {"num_draws", "num_trusted", "poison_ratio", "parameters", "statistics"}
     assert all((tmp_path / f"{row['ablation']}.png").exists() for row in rows)
     # a hundred trusted examples do better than two dozen, which cannot flag much
-    tprs = {row["value"]: row["tpr"] for row in rows if row["ablation"] == "num_trusted"}
-    assert tprs[100] > tprs[25]
+    tprs = {
+        (row["detector"], row["value"]): row["tpr"] for row in rows if row["ablation"] == "num_trusted"
+    }  # fmt: skip
+    assert tprs["functional", 100] > tprs["functional", 25]
+    assert ("mahalanobis", 100) in tprs
+    assert {row["detector"] for row in rows if row["ablation"] == "num_draws"} == {"functional"}
     assert "statistics   drifting" in done.stdout

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from madjax.data.text import load_pairs, load_prompts
 from madjax.interop.huggingface import read_adapter, read_folder
-from madjax.losses import TokenLoss, from_decoder, token_examples
+from madjax.losses import from_decoder
 from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.models.finetune import train_decoder
 from madjax.models.generate import complete, completion_batch, prompt_batch
@@ -146,17 +146,6 @@ def test_the_loss_is_that_of_each_token_by_itself():
         np.testing.assert_allclose(row[: len(completion)], wanted, atol=1e-5)
         assert not row[len(completion) :].any()
     np.testing.assert_allclose(loss_fn(params, batch), tokens.sum(1) / [4, 1], atol=1e-6)
-
-
-def test_a_token_as_an_example_has_its_own_loss():
-    loss_fn, params = from_decoder(decoder())
-    rng = np.random.default_rng(5)
-    batch = prompt_batch(sequences(rng, (3, 6))) | completion_batch(sequences(rng, (4, 2)))
-    examples, owner = token_examples(batch)
-    np.testing.assert_array_equal(owner, [0, 0, 0, 0, 1, 1])
-    tokens = loss_fn.tokens(params, batch)
-    wanted = [*tokens[0, :4], *tokens[1, :2]]
-    np.testing.assert_allclose(TokenLoss(loss_fn)(params, examples), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [CONFIG, GEMMA2], ids=["llama", "gemma2"])

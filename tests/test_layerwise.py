@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from madjax import Detector, loss_matrix
-from madjax.losses import TokenLoss, from_decoder, token_examples
+from madjax.losses import TokenLoss, from_decoder
 from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.models.generate import completion_batch, prompt_batch
 from madjax.models.lora import add_lora
@@ -51,12 +51,13 @@ def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
     np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_as_examples_too(batch):
+def test_every_token_has_its_own_loss(batch):
     loss_fn, params = make(GEMMA2)
-    draws, (examples, _) = around(loss_fn, params), token_examples(batch)
-    matrix = loss_matrix(TokenLoss(loss_fn), draws, examples, layout="layers", batch_size=8)
-    wanted = oracles.loss_matrix(TokenLoss(loss_fn), draws, examples)
-    np.testing.assert_allclose(matrix, wanted, rtol=1e-5, atol=1e-5)
+    draws = around(loss_fn, params)
+    each = layerwise.draw_losses(TokenLoss(loss_fn), draws, np.int32(1), batch)
+    np.testing.assert_allclose(each, loss_fn.tokens(draws.params(1), batch), rtol=1e-5, atol=1e-5)
+    mean = np.asarray(each).sum(1) / batch["completion_length"]
+    np.testing.assert_allclose(mean, loss_fn(draws.params(1), batch), rtol=1e-5, atol=1e-5)
 
 
 def test_a_part_has_the_draws_of_the_whole():

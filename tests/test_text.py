@@ -375,4 +375,6 @@ def test_bench_language(here, monkeypatch):
     assert row["tokens_a_sequence"] == 7
     assert row["num_drawn"] == row["num_parameters"]
     assert row["weight_bytes"] == 4 * row["num_parameters"]
-    assert row["sequences_a_second"] == pytest.approx(3 / row["seconds_a_draw"])
+    host, layers = (row["layouts"][name] for name in ("host", "layers"))
+    assert host["sequences_a_second"] == pytest.approx(3 / host["seconds_a_draw"])
+    assert 0 < layers["bytes_beside_weights"] < host["bytes_beside_weights"]

@@ -18,6 +18,7 @@ from madjax.baselines.features import OfFeatures, check_varies
 Weights = dict[str, jax.Array]
 
 _MULTIPLE = 128
+_MOST_LOG_VARIANCE = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,8 @@ def negative_elbo(weights: Weights, x: jax.Array, noise: jax.Array) -> jax.Array
     """Float32 `[n]`: ½‖x - x̂‖² and the code's KL divergence from the prior, in nats; constants are left out."""
     hidden = jax.nn.relu(x @ weights["encode"] + weights["encode_bias"])
     mean = hidden @ weights["mean"] + weights["mean_bias"]
-    log_variance = hidden @ weights["log_variance"] + weights["log_variance_bias"]
+    # what is far from all that was trained on would overflow
+    log_variance = jnp.minimum(hidden @ weights["log_variance"] + weights["log_variance_bias"], _MOST_LOG_VARIANCE)
     code = mean + jnp.exp(log_variance / 2) * noise
     decoded = jax.nn.relu(code @ weights["decode"] + weights["decode_bias"]) @ weights["output"]
     error = jnp.square(x - decoded - weights["output_bias"]).sum(axis=1) / 2

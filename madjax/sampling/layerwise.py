@@ -58,6 +58,17 @@ def losses(
     return states
 
 
+def draw_losses(loss_fn: LossFn, draws: Draws, item: Any, batch: Batch) -> jax.Array:
+    """The losses of one batch at the draw `item`, by stages where there are."""
+    parts = stages(loss_fn, draws)
+    return _whole(loss_fn, draws, item, batch) if parts is None else losses(parts, item, [batch])[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole(loss_fn: LossFn, draws: Draws, item: Any, batch: Batch) -> jax.Array:
+    return loss_fn(draws.params(item), batch)
+
+
 @jax.jit
 def _params(draws: Any, item: jax.Array) -> Params:
     return draws.params(item)

@@ -9,14 +9,13 @@ while its loss grows by less than ln 2, that is, while it keeps more than half o
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from madjax.sampling import layerwise
 from madjax.sampling.gaussian import GaussianDraws
+from madjax.sampling.layerwise import draw_losses
 from madjax.types import Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
@@ -45,10 +44,7 @@ class _Survivors:
 
     def _losses(self, draws: GaussianDraws, item: Any) -> np.ndarray:
         self.num_passes += 1
-        parts = layerwise.stages(self._loss_fn, draws)
-        if parts is not None:
-            return np.asarray(layerwise.losses(parts, item, [self._examples])[0])
-        return np.asarray(_losses(self._loss_fn, draws, item, self._examples))
+        return np.asarray(draw_losses(self._loss_fn, draws, item, self._examples))
 
     def share(self, draws: GaussianDraws, item: Any) -> float:
         return float(np.mean(self._losses(draws, item) - self._center < math.log(2)))
@@ -92,11 +88,12 @@ def choose_scale(
     if not 0 < retained < 1:
         raise ValueError(f"retained: wanted a share between 0 and 1, got {retained}")
     pilot = pilot_examples(trusted)
+    draws = draws.with_scale(0.0, PILOT_DRAWS)
     survivors = _Survivors(loss_fn, draws, pilot)
     low, high = bounds = math.log(_SMALLEST), math.log(_LARGEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        too_many = survivors.exceed(draws.with_scale(math.exp(middle), PILOT_DRAWS), retained)
+        too_many = survivors.exceed(draws.with_scale(math.exp(middle)), retained)
         low, high = (middle, high) if too_many else (low, middle)
     if low == bounds[0] or high == bounds[1]:
         fewer_or_more = "fewer" if low == bounds[0] else "more"
@@ -105,8 +102,3 @@ def choose_scale(
             f"{_LARGEST}; do the drawn parameters matter to them?"
         )
     return math.exp((low + high) / 2), survivors.num_passes * num_examples(pilot)
-
-
-@partial(jax.jit, static_argnums=0)
-def _losses(loss_fn: LossFn, draws: GaussianDraws, item: jax.Array, examples: Batch) -> jax.Array:
-    return loss_fn(draws.params(item), examples)
