@@ -62,7 +62,7 @@ flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
 common.define_detection_flags()
 # what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
 flags.FLAGS.set_default("retained", 0.95)
-flags.FLAGS.set_default("traces", "margins")
+flags.FLAGS.set_default("traces", "plain_margins")
 
 _OWN_FLAGS = [
     "attack", "seed", "detector", "checkpoint", "normalization", "targeted", "epsilon", "epsilon_2", "num_steps",

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from madjax.sampling.layerwise import Stage
-from madjax.types import Batch, Params
+from madjax.types import Batch, Params, Stage
 
 # told the path of a submodule as its parameters have it (`block1/layers/0/conv`), the submodule, input and output
 Watch = Callable[[str, Any, Any, Any], None]
@@ -305,7 +304,7 @@ def _stages(graphdef: Any, params: Params, of_tokens: Callable[[jax.Array, Batch
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """A stage of a decoder, see `madjax.sampling.layerwise.Stage`: of a batch, then of its states with the batch."""
+    """A stage of a decoder, see `madjax.types.Stage`: of a batch, then of its states with the batch."""
 
     graphdef: Any
     run_modules: Callable[[Any, jax.Array, jax.Array], jax.Array]

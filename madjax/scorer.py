@@ -16,7 +16,7 @@ from madjax.standardize import standardize, standardize_trusted
 from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, least_loss
 from madjax.types import LossMatrix
 
-Traces = Literal["whitened", "margins", "raw"]
+Traces = Literal["whitened", "margins", "plain_margins", "raw"]
 
 # trusted examples are left out in at most so many groups, each of which needs a trace map of its own
 _MAX_FOLDS = 256
@@ -46,7 +46,7 @@ class Scorer:
 
     Attributes:
       coupling: a name in `COUPLINGS`.
-      traces: "whitened" or "margins" (see `madjax.traces`), or "raw", the losses as they are.
+      traces: "whitened", "margins" or "plain_margins" (see `madjax.traces`), or "raw", the losses as they are.
       trusted: `[num_draws, num_trusted]` losses.
       trusted_classes: `[num_trusted]` predicted classes, or clusters where the coupling is over those, or None.
       left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
@@ -91,7 +91,8 @@ class Scorer:
             )
         fit = None
         if traces != "raw":
-            fit = TraceMapFit(trusted, SMALL_LOSS if traces == "whitened" else least_loss(trusted))
+            least = SMALL_LOSS if traces == "whitened" else least_loss(trusted)
+            fit = TraceMapFit(trusted, least, whiten=traces != "plain_margins")
         trace_map = None if fit is None else fit.without(np.zeros(0, int))
         if lookup(coupling).reduction == "cluster":
             trusted_classes = _clusters(trusted if trace_map is None else trace_map(trusted))

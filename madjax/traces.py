@@ -11,7 +11,8 @@ rest, as an influence function weighs gradients by an inverse curvature. The log
 deciding it. c is what a loss has to exceed to count: 1e-7 nats for "whitened" traces, and for "margins" the smallest
 trusted loss above zero. All examples that never exceed it have one and the same trace, and so explain each other. As
 the losses of this package are exact to 1e-30 and less, margins are what x of the smallest c is, but for the sign and a
-constant, however sure the model is. `docs/choosing-the-scale.md` says which is for what.
+constant, however sure the model is. "plain_margins" leave R out, which weakens their height most, and more so the more
+draws there are. `docs/choosing-the-scale.md` says which is for what.
 """
 
 from __future__ import annotations
@@ -51,10 +52,14 @@ def fit_trace_map(trusted: LossMatrix, least: float = SMALL_LOSS) -> TraceMap:
 
 
 class TraceMapFit:
-    """Moments of the trusted traces, from which maps that leave some of them out are cheap."""
+    """Moments of the trusted traces, from which maps that leave some of them out are cheap.
 
-    def __init__(self, trusted: LossMatrix, least: float = SMALL_LOSS):
-        self._least = least
+    Attributes:
+      whiten: whether R is what the module's docstring says, or the identity.
+    """
+
+    def __init__(self, trusted: LossMatrix, least: float = SMALL_LOSS, *, whiten: bool = True):
+        self._least, self.whiten = least, whiten
         self._x = _log_loss(trusted, self._least)
         self._sum = self._x.sum(1)
         self._square = self._x @ self._x.T
@@ -64,6 +69,8 @@ class TraceMapFit:
         left = self._x[:, held_out]
         count = self._x.shape[1] - left.shape[1]
         mean = (self._sum - left.sum(1)) / count
+        if not self.whiten:
+            return TraceMap(mean, np.eye(len(mean)), self._least)
         covariance = (self._square - left @ left.T) / count - np.outer(mean, mean)
         eigenvalues, vectors = np.linalg.eigh(covariance)
         average = max(float(eigenvalues.mean()), np.finfo(float).tiny)

@@ -1,4 +1,4 @@
-"""The three types that every room of the package shares.
+"""The types that every room of the package shares.
 
 A *draw* is one set of parameters near the trained ones, an *example* one input with its label. Matrices of losses are
 always float32 `[num_draws, num_examples]`; the column of an example is its *loss trace*.
@@ -7,7 +7,7 @@ always float32 `[num_draws, num_examples]`; the column of an example is its *los
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,19 @@ LossFn = Callable[[Params, Batch], jax.Array]
 
 # float32 [num_draws, num_examples], on the host.
 LossMatrix = np.ndarray
+
+
+class Stage(NamedTuple):
+    """A part of a loss that runs on parameters of its own, see `madjax.sampling.layerwise`.
+
+    Attributes:
+      numbers: pytree of int: where the leaves of its parameters stand among all, in flattening order.
+      run: (parameters, what the stage before returned) -> what the next one takes; the first stage takes a batch, the
+        last returns losses. Pure, traceable and hashable; equal for layers that differ in nothing else.
+    """
+
+    numbers: Any
+    run: Callable[[Params, Any], Any]
 
 
 def num_examples(batch: Batch, name: str = "examples") -> int:

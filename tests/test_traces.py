@@ -54,3 +54,18 @@ def test_a_map_without_some_is_the_map_of_the_rest():
     left_out = TraceMapFit(losses).without(held_out)
     np.testing.assert_allclose(left_out.mean, rest.mean, rtol=1e-12)
     np.testing.assert_allclose(left_out.root, rest.root, rtol=1e-9)
+
+
+def test_without_whitening_height_counts_the_same_however_many_draws_there_are():
+    rng = np.random.default_rng(0)
+    for num_draws in (8, 64):
+        height = rng.normal(size=50) * 3
+        trusted = np.exp(height + rng.normal(size=(num_draws, 50)))
+        test = np.exp(np.stack([np.zeros(num_draws), np.full(num_draws, 5.0)], axis=1))
+        least = least_loss(trusted)
+        apart = {}
+        for whiten in (True, False):
+            mapped = TraceMapFit(trusted, least, whiten=whiten).without(np.zeros(0, int))(test)
+            apart[whiten] = np.linalg.norm(mapped[:, 1] - mapped[:, 0]) / np.sqrt(num_draws)
+        assert apart[False] == pytest.approx(5, abs=0.1)
+        assert apart[True] < 0.7 * apart[False]

@@ -10,26 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import GaussianDraws
-from madjax.types import Batch, LossFn, Params
-
-
-class Stage(NamedTuple):
-    """A part of a loss that runs on parameters of its own.
-
-    Attributes:
-      numbers: pytree of int: where the leaves of its parameters stand among all, in flattening order.
-      run: (parameters, what the stage before returned) -> what the next one takes; the first stage takes a batch, the
-        last returns losses float32 `[n]`. Pure, traceable and hashable; equal for layers that differ in nothing else.
-    """
-
-    numbers: Any
-    run: Callable[[Params, Any], Any]
+from madjax.types import Batch, LossFn, Params, Stage
 
 
 def stages(loss_fn: LossFn, draws: Draws) -> list[tuple[Any, Callable[[Params, Any], Any]]] | None:
