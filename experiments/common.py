@@ -77,11 +77,13 @@ def define_list(name: str, default: Sequence[str], known: Sequence[str], help_te
     _register_check(name, check)
 
 
-def define_texts(name: str, default: Sequence[str], check: Callable[[str], Any], help_text: str) -> None:
+def define_texts(name: str, default: Sequence[str] | None, check: Callable[[str], Any], help_text: str) -> None:
     """A flag of comma-separated texts, each once, each of which `check` judges by a ValueError."""
-    flags.DEFINE_list(name, list(default), help_text)
+    flags.DEFINE_list(name, None if default is None else list(default), help_text)
 
-    def check_all(texts: list[str]) -> None:
+    def check_all(texts: list[str] | None) -> None:
+        if texts is None:
+            return
         if not texts or len(set(texts)) < len(texts):
             raise ValueError(f"wanted one or more, each once, got {','.join(texts)!r}")
         for text in texts:

@@ -75,6 +75,13 @@ def test_ood(here, tmp_path):
     assert "[near]" in printed
 
 
+def test_how_much_coupling_counts_depends_on_the_data(driver):
+    weights = driver("ood")._weights
+    assert weights(None, "digits") == {"coupling": 1, "energy": 1, "knn": 1}
+    assert weights(None, "cifar10") == {"coupling": 0.25, "energy": 1, "knn": 1}
+    assert weights(["msp:2"], "cifar10") == {"msp": 2}
+
+
 def test_parts_are_standardized_weighed_and_added(driver):
     rng = np.random.default_rng(0)
     trusted = {"coupling": rng.normal(5, 3, 50), "msp": rng.normal(-1, 0.1, 50)}

@@ -75,7 +75,7 @@ def test_bad_input():
     losses = _traces(rng, 20)
     with pytest.raises(ValueError, match=r"fpr: wanted a rate between 0 and 1, got 1\.5"):
         Scorer.fit(losses).score(losses, fpr=1.5)
-    with pytest.raises(ValueError, match="traces: wanted one of whitened, margins, raw, got 'log'"):
+    with pytest.raises(ValueError, match="traces: wanted one of whitened, margins, plain_margins, raw, got 'log'"):
         Scorer.fit(losses, traces="log")  # pyright: ignore
     with pytest.raises(ValueError, match="all 20 examples are predicted as class 3"):
         Scorer.fit(losses, np.full(20, 3), coupling="class_ccc")
