@@ -25,7 +25,6 @@ from tqdm import tqdm
 from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
-from madjax.baselines import Baseline, lookup
 from madjax.sampling.perturbation import Perturbation
 from madjax.scorer import Scorer, Scores
 
@@ -75,10 +74,8 @@ class _Cell:
 
     def rivals(self, num_trusted: int | None = None) -> Iterator[dict[str, Any]]:
         trusted = jax.tree.map(lambda leaf: leaf[:num_trusted], self.test.trusted)
-        for name in flags.FLAGS.detector:
-            if name != common.FUNCTIONAL:
-                baseline = Baseline.fit(lookup(name), self.case.loss_fn, self.case.params, trusted, fpr=_FPR)
-                yield self.row(baseline.score({"image": self.test.images}), name)
+        for rival in common.fit_rivals(self.case.loss_fn, self.case.params, trusted, fpr=_FPR):
+            yield self.row(rival.baseline.score({"image": self.test.images}), rival.name)
 
     def score(self, detector: Detector) -> dict[str, Any]:
         return self.row(detector.score({"image": self.test.images}))

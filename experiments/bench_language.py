@@ -81,7 +81,7 @@ def main() -> None:
 
 def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, batch: Batch) -> int:
     """What a draw takes beside weights and examples: of its largest stage, or of the whole program."""
-    item = draws.any_item()
+    item = jnp.asarray(draws.any_item())
 
     def planned(function: Any, *args: Any) -> tuple[int, int]:
         plan = jax.jit(function).lower(*args).compile().memory_analysis()

@@ -214,16 +214,18 @@ class Rival(NamedTuple):
     seconds: float
 
 
-def fit_rivals(loss_fn: Any, params: Any, trusted: dict[str, Any]) -> Iterator[Rival]:
-    """The baselines of `--detector`, with their published settings and the flags of calibration; see `Baseline.fit`."""
+def fit_rivals(loss_fn: Any, params: Any, trusted: dict[str, Any], **settings: Any) -> Iterator[Rival]:
+    """The baselines of `--detector`, with their published settings and the flags of calibration; see `Baseline.fit`.
+
+    Args:
+      settings: of `Baseline.fit`, for a driver without those flags.
+    """
     values = flags.FLAGS
+    settings = settings or {name: values[name].value for name in ("fpr", "per_class", "batch_size")}
     for name in values.detector:
         if name != FUNCTIONAL:
             start = time.perf_counter()
-            baseline = Baseline.fit(
-                baselines.lookup(name), loss_fn, params, trusted, fpr=values.fpr, per_class=values.per_class,
-                batch_size=values.batch_size,
-            )  # fmt: skip
+            baseline = Baseline.fit(baselines.lookup(name), loss_fn, params, trusted, **settings)
             yield Rival(name, baseline, time.perf_counter() - start)
 
 

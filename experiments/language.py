@@ -47,7 +47,7 @@ from madjax.coupling import couplings
 from madjax.data.text import load_prompts
 from madjax.interop.tokenizer import ChatTokenizer
 from madjax.losses import SequenceLoss, TokenLoss, from_decoder
-from madjax.sampling.layerwise import draw_losses
+from madjax.sampling.layerwise import at_draws
 from madjax.scorer import Scores
 
 common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
@@ -199,8 +199,8 @@ def token_couplings(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts)
     """For each completion, how far the trusted completions explain each of its tokens: the correlation of the token's
     trace with the ten trusted ones that it goes with most.
     """
-    draws, each = detector.draws, TokenLoss(loss_fn)
-    losses = np.stack([np.asarray(draw_losses(each, draws, item, prompts.batch)) for item in draws.items()])
+    at = at_draws(TokenLoss(loss_fn), detector.draws)
+    losses = np.stack([np.asarray(at(item, prompts.batch)) for item in detector.draws.items()])
     trusted = detector.scorer.map(detector.scorer.trusted)
     return [
         couplings("topk_correlation", trusted, detector.scorer.map(losses[:, index, :length]))

@@ -25,7 +25,7 @@ from madjax.types import LossMatrix
 MIN_SIZE = 10  # of a group; fewer alike anomalies are chance
 MIN_CORRELATION = 0.15  # mean, between the traces of two groups that are joined
 LEADING_SHARE = 0.55  # of the leading direction, from which on a group may be two
-MIN_DISTANCE = 6.0  # of the two, in standard deviations; halves of a single Gaussian cloud are 4 to 5 apart here
+MIN_DISTANCE = 6.0  # of the two, in standard deviations; the sides of a single mechanism are nearer
 _NUM_COMPONENTS = 12
 _NOISE = 1e-6  # the least variance of a component, relative to the mean
 

@@ -83,8 +83,8 @@ def loss_matrix(
       loss_fn: `(params, batch) -> float32 [n]`. Two calls with equal functions share one compilation.
       draws: `GaussianDraws`, `ChainDraws` or anything with the methods of `Draws`.
       examples: pytree of arrays with one leading axis, on the host or on the devices.
-      layout: see `Layout.parse`; "auto" is "layers" for Gaussian draws of a loss that has layers, such as a decoder's
-        all of whose layers are drawn, and otherwise the fastest of a few of which it times one block.
+      layout: see `Layout.parse`; "auto" is "layers" for Gaussian draws of a loss that has layers, such as a decoder's,
+        the first of which is drawn, and otherwise the fastest of a few of which it times one block.
       batch_size: examples of one forward pass on one device.
       devices: all of this host where None.
       model_shards: over how many devices of a host the parameters are split, for a model too large for one.
@@ -114,15 +114,15 @@ def loss_matrix(
     drawn = draws.drawn
     if store is not None:
         layout = store.facts.get("layout", layout)  # another would round differently
-    parts = layerwise.stages(loss_fn, draws)
+    stages = layerwise.stages(loss_fn, draws) if layout in ("auto", "layers") else None
     # where its first layer is not drawn, a loss has a prefix to freeze
-    if layout == "auto" and parts is not None and any(parts[1][0].drawn):
+    if layout == "auto" and stages is not None and any(stages[1][0].drawn):
         layout = "layers"
-    if layout == "layers" and parts is None:
+    if layout == "layers" and stages is None:
         raise ValueError("layout: layers is for Gaussian draws of a loss that has stages, such as a Decoder's")
+    multiple = batch_size * placement.parts("examples")
     if count_here and drawn is not None and layout != "layers":
         center = partial(draws.params, draws.any_item())
-        multiple = batch_size * placement.parts("examples")
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
     chunks = _Chunks(own, count_here, batch_size, placement)
@@ -133,6 +133,13 @@ def loss_matrix(
     size = _block_size(chosen, placement)
     rows = _Rows(store, num_draws, count_here, size)
     walk = draws.items(rows.stop, rows.state)
+
+    def call(block: list[Any], chunk: Batch) -> jax.Array:
+        if chosen.kind == "layers":
+            assert stages is not None
+            return _layer_by_layer(stages, block, chunk, multiple)
+        return _call(loss_fn, draws, block, chunk, chosen, batch_size, placement)
+
     if store is not None:
         block_size = -(-BLOCK // size) * size
         store.create(num_draws, block_size, str(chosen), getattr(draws, "num_chains", 1), walk.info())
@@ -140,7 +147,7 @@ def loss_matrix(
         try:
             while count_here and (block := list(islice(walk, size))):
                 # every chunk is queued before the first is waited for
-                parts = [_call(loss_fn, draws, block, chunk, chosen, batch_size, placement) for chunk in chunks]
+                parts = [call(block, chunk) for chunk in chunks]
                 rows.add(
                     np.concatenate([np.asarray(part)[: len(block)] for part in parts], axis=1)[:, :count_here], walk
                 )
@@ -232,20 +239,16 @@ def _call(
     batch_size: int,
     placement: Placement,
 ) -> jax.Array:
-    if layout.kind == "layers":
-        return _layer_by_layer(loss_fn, draws, block, examples, batch_size * placement.parts("examples"))
     # a short last block is filled up, so that one program serves all
     block = block + block[-1:] * (_block_size(layout, placement) - len(block))
     items = put_model(jax.tree.map(lambda *leaves: jnp.stack(leaves), *block), placement, stacked=True)
     return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
 
 
-def _layer_by_layer(loss_fn: LossFn, draws: Draws, block: list[Any], examples: Batch, batch_size: int) -> jax.Array:
-    parts = layerwise.stages(loss_fn, draws)
-    assert parts is not None
+def _layer_by_layer(stages: Sequence[layerwise.DrawnStage], block: list[Any], examples: Batch, batch_size: int) -> Any:
     starts = range(0, num_examples(examples), batch_size)
     batches = [jax.tree.map(lambda leaf: leaf[start : start + batch_size], examples) for start in starts]  # noqa: B023
-    return jnp.stack([jnp.concatenate(layerwise.losses(parts, item, batches)) for item in block])
+    return jnp.stack([jnp.concatenate(layerwise.losses(stages, item, batches)) for item in block])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -54,7 +54,7 @@ def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
 def test_every_token_has_its_own_loss(batch):
     loss_fn, params = make(GEMMA2)
     draws = around(loss_fn, params)
-    each = layerwise.draw_losses(TokenLoss(loss_fn), draws, np.int32(1), batch)
+    each = layerwise.at_draws(TokenLoss(loss_fn), draws)(np.int32(1), batch)
     np.testing.assert_allclose(each, loss_fn.tokens(draws.params(1), batch), rtol=1e-5, atol=1e-5)
     mean = np.asarray(each).sum(1) / batch["completion_length"]
     np.testing.assert_allclose(mean, loss_fn(draws.params(1), batch), rtol=1e-5, atol=1e-5)

@@ -18,23 +18,20 @@ from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.types import Batch, LossFn, Params, Stage
 
+# draws of a stage's own parameters, and `Stage.run`
+DrawnStage = tuple[GaussianDraws, Callable[[Params, Any], Any]]
 
-def stages(loss_fn: LossFn, draws: Draws) -> list[tuple[Any, Callable[[Params, Any], Any]]] | None:
-    """(draws of its parameters, function) of every stage; None where loss or draws cannot be taken apart."""
+
+def stages(loss_fn: LossFn, draws: Draws) -> list[DrawnStage] | None:
+    """The stages of a loss at draws; None where loss or draws cannot be taken apart."""
     if not isinstance(draws, GaussianDraws) or not hasattr(loss_fn, "stages"):
         return None
     parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
     return None if parts is None else [(draws.part(stage.numbers), stage.run) for stage in parts]
 
 
-def losses(
-    parts: Sequence[tuple[Any, Callable[[Params, Any], Any]]], item: Any, batches: Sequence[Batch]
-) -> list[jax.Array]:
-    """Losses of each batch at the draw `item`.
-
-    Args:
-      parts: of `stages`.
-    """
+def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Batch]) -> list[jax.Array]:
+    """Losses of each batch at the draw `item`; `parts` are of `stages`."""
     states: list[Any] = list(batches)
     for draws, run in parts:
         params = _params(draws, item)
@@ -45,10 +42,12 @@ def losses(
     return states
 
 
-def draw_losses(loss_fn: LossFn, draws: Draws, item: Any, batch: Batch) -> jax.Array:
-    """The losses of one batch at the draw `item`, by stages where there are."""
+def at_draws(loss_fn: LossFn, draws: Draws) -> Callable[[Any, Batch], jax.Array]:
+    """(item, batch) -> the losses of one batch at one draw, by stages where there are."""
     parts = stages(loss_fn, draws)
-    return _whole(loss_fn, draws, item, batch) if parts is None else losses(parts, item, [batch])[0]
+    if parts is None:
+        return partial(_whole, loss_fn, draws)
+    return lambda item, batch: losses(parts, item, [batch])[0]
 
 
 @partial(jax.jit, static_argnums=0)

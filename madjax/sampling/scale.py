@@ -9,13 +9,13 @@ while its loss grows by less than ln 2, that is, while it keeps more than half o
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from madjax.sampling.gaussian import GaussianDraws
-from madjax.sampling.layerwise import draw_losses
+from madjax.sampling.layerwise import at_draws
 from madjax.types import Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
@@ -27,8 +27,7 @@ _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
 
 def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
     """Share of the outputs on `examples`, in one forward pass a draw, that survive; a loss that overflows does not."""
-    survivors = _Survivors(loss_fn, draws, examples)
-    return float(np.mean([survivors.share(draws, item) for item in draws.items()]))
+    return float(np.mean(list(_Survivors(loss_fn, draws, examples).shares(draws))))
 
 
 class _Survivors:
@@ -40,20 +39,24 @@ class _Survivors:
 
     def __init__(self, loss_fn: LossFn, draws: GaussianDraws, examples: Batch):
         self._loss_fn, self._examples, self.num_passes = loss_fn, examples, 0
-        self._center = self._losses(draws.with_scale(0.0), np.int32(0))
+        self._center = next(self._losses(draws.with_scale(0.0)))
 
-    def _losses(self, draws: GaussianDraws, item: Any) -> np.ndarray:
-        self.num_passes += 1
-        return np.asarray(draw_losses(self._loss_fn, draws, item, self._examples))
+    def _losses(self, draws: GaussianDraws) -> Iterator[np.ndarray]:
+        at = at_draws(self._loss_fn, draws)
+        for item in draws.items():
+            self.num_passes += 1
+            yield np.asarray(at(item, self._examples))
 
-    def share(self, draws: GaussianDraws, item: Any) -> float:
-        return float(np.mean(self._losses(draws, item) - self._center < math.log(2)))
+    def shares(self, draws: GaussianDraws) -> Iterator[float]:
+        """One a draw, computed when it is asked for."""
+        for losses in self._losses(draws):
+            yield float(np.mean(losses - self._center < math.log(2)))
 
     def exceed(self, draws: GaussianDraws, wanted: float) -> bool:
         """Whether the mean share over the draws exceeds `wanted`, in as few draws as tell."""
         survived = 0.0
-        for left, item in zip(reversed(range(draws.num_draws)), draws.items(), strict=True):
-            survived += self.share(draws, item)
+        for left, share in zip(reversed(range(draws.num_draws)), self.shares(draws), strict=True):
+            survived += share
             if survived > wanted * draws.num_draws:
                 return True
             if survived + left <= wanted * draws.num_draws:
@@ -75,12 +78,12 @@ def choose_scale(
 
     Bisection on the logarithm of the scale, always with the same noise: to within 4 % in scale.
 
-    Returns:
-      The scale, and the forward passes of one example that it took.
-
     Args:
       draws: their scales are ignored.
       trusted: with the model's own outputs as labels.
+
+    Returns:
+      The scale, and the forward passes of one example that it took.
 
     Raises:
       ValueError: where no scale between 1e-5 and 100 does it.
