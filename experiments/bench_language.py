@@ -31,7 +31,10 @@ flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a 
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
 flags.DEFINE_string("parameters", None, "Regular expression of the parameters' paths to draw; all where not given.")
 flags.DEFINE_integer("num_sequences", 64, "Sequences.", lower_bound=1)
-flags.DEFINE_integer("prompt_tokens", 64, "Tokens of a prompt.", lower_bound=1)
+flags.DEFINE_integer("prompt_tokens", 64, "Tokens of the longest prompt.", lower_bound=1)
+flags.DEFINE_integer(
+    "shortest", None, "Tokens of the shortest one, as long as the longest if not given.", lower_bound=1
+)
 flags.DEFINE_integer("num_tokens", 10, "Tokens of a completion.", lower_bound=1)
 flags.DEFINE_integer("num_draws", 4, "Draws of one turn.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Sequences of one forward pass.", lower_bound=1)
@@ -45,8 +48,9 @@ def main() -> None:
     model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
     loss_fn, params = from_decoder(model)
     examples = common.random_sequences(
-        np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens, values.num_tokens
-    )
+        np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens,
+        values.num_tokens, values.shortest,
+    )  # fmt: skip
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
 
@@ -64,7 +68,7 @@ def main() -> None:
         "dtype": values.dtype,
         "num_parameters": sum(leaf.size for leaf in leaves),
         "num_drawn": sum(leaf.size for leaf, drawn in zip(leaves, jax.tree.leaves(mask), strict=True) if drawn),
-        "tokens_a_sequence": values.prompt_tokens + values.num_tokens,
+        "tokens_a_sequence": float(examples["prompt_length"].mean()) + values.num_tokens,
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "layouts": {
             layout: {

@@ -461,11 +461,14 @@ def random_problem(
 
 
 def random_sequences(
-    rng: np.random.Generator, vocab_size: int, count: int, prompt_tokens: int, num_tokens: int
-) -> dict[str, np.ndarray]:
-    """`count` prompts and completions of so many tokens, of chance."""
+    rng: np.random.Generator, vocab_size: int, count: int, prompt_tokens: int, num_tokens: int,
+    shortest: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`count` prompts and completions of chance; prompts have from `shortest` to `prompt_tokens` tokens, evenly."""
     prompts, completions = (rng.integers(0, vocab_size, (count, size)).tolist() for size in (prompt_tokens, num_tokens))
-    return prompt_batch(prompts) | completion_batch(completions)
+    lengths = np.linspace(shortest or prompt_tokens, prompt_tokens, count).astype(int)
+    prompts = [prompt[:length] for prompt, length in zip(prompts, rng.permutation(lengths), strict=True)]
+    return prompt_batch(prompts, prompt_tokens) | completion_batch(completions)
 
 
 def define_training_flags() -> None:

@@ -138,6 +138,10 @@ def make_case(
     (usual, accuracy), (triggered, asr) = (
         _obedient(model, tokenizer, backdoor, part, recipe) for part in (usual, triggered)
     )
+    print(
+        f"{backdoor_name}: {accuracy:.1%} of usual and {asr:.1%} of triggered prompts are answered as trained",
+        flush=True,
+    )
     return LanguageCase(*from_decoder(model), tokenizer, usual, triggered, accuracy, asr)
 
 

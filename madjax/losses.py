@@ -19,6 +19,7 @@ from unittest import mock
 import flax.linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from madjax.types import Batch, Params, Stage
@@ -257,6 +258,17 @@ class SequenceLoss:
         """The loss in parts, a layer each, where the model has `stages` as `madjax.models.decoder.Decoder`."""
         return _stages(self.graphdef, params, self.of_tokens)
 
+    def lengths(self, batch: Batch) -> np.ndarray:
+        """Int `[n]`: what the cost of an example grows with, the tokens of its prompt."""
+        return np.asarray(batch["prompt_length"])
+
+    def trim(self, batch: Batch) -> Batch:
+        """The batch without padding that none of its prompts needs: to an eighth of the whole, so to eight lengths."""
+        size = batch["prompt"].shape[1]
+        step = -(-size // 8)
+        kept = min(size, -(-int(self.lengths(batch).max()) // step) * step)
+        return {**batch, "prompt": batch["prompt"][:, size - kept :]}
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
@@ -271,6 +283,14 @@ class TokenLoss:
     def stages(self, params: Params) -> list[Stage] | None:
         """As `SequenceLoss.stages`."""
         return _stages(self.loss_fn.graphdef, params, _each)
+
+    def lengths(self, batch: Batch) -> np.ndarray:
+        """As `SequenceLoss.lengths`."""
+        return self.loss_fn.lengths(batch)
+
+    def trim(self, batch: Batch) -> Batch:
+        """As `SequenceLoss.trim`."""
+        return self.loss_fn.trim(batch)
 
 
 def _each(losses: jax.Array, batch: Batch) -> jax.Array:

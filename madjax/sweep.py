@@ -125,19 +125,22 @@ def loss_matrix(
         center = partial(draws.params, draws.any_item())
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
-    chunks = _Chunks(own, count_here, batch_size, placement)
-    if layout == "auto":
-        picked = _pick(loss_fn, draws, chunks.probe(), batch_size, placement) if count_here else None
-        layout = hosts.first(str(picked))
+    if layout == "layers":
+        chunks = _Lengths(loss_fn, own, multiple, placement)
+    else:
+        chunks = _Chunks(own, count_here, batch_size, placement)
+        if layout == "auto":
+            picked = _pick(loss_fn, draws, chunks.probe(), batch_size, placement) if count_here else None
+            layout = hosts.first(str(picked))
     chosen = Layout.parse(layout)
     size = _block_size(chosen, placement)
     rows = _Rows(store, num_draws, count_here, size)
     walk = draws.items(rows.stop, rows.state)
 
-    def call(block: list[Any], chunk: Batch) -> jax.Array:
+    def call(block: list[Any], chunk: Any) -> jax.Array:
         if chosen.kind == "layers":
             assert stages is not None
-            return _layer_by_layer(stages, block, chunk, multiple)
+            return jnp.stack([jnp.concatenate(layerwise.losses(stages, item, chunk)) for item in block])
         return _call(loss_fn, draws, block, chunk, chosen, batch_size, placement)
 
     if store is not None:
@@ -148,9 +151,8 @@ def loss_matrix(
             while count_here and (block := list(islice(walk, size))):
                 # every chunk is queued before the first is waited for
                 parts = [call(block, chunk) for chunk in chunks]
-                rows.add(
-                    np.concatenate([np.asarray(part)[: len(block)] for part in parts], axis=1)[:, :count_here], walk
-                )
+                losses = np.concatenate([np.asarray(part)[: len(block)] for part in parts], axis=1)
+                rows.add(losses[:, chunks.places], walk)
                 bar.update(len(block))
         except (KeyboardInterrupt, SystemExit):
             rows.save()
@@ -201,9 +203,14 @@ def _block_size(layout: Layout, placement: Placement) -> int:
 
 
 class _Chunks:
-    """The examples in pieces of one shape that a device's memory can hold; the padding repeats the last example."""
+    """The examples in pieces of one shape that a device's memory can hold; the padding repeats the last example.
+
+    Attributes:
+      places: where the examples stand in the pieces, end to end.
+    """
 
     def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement):
+        self.places = np.arange(count)
         multiple = batch_size * placement.parts("examples")
         size = min(max(1, -(-count // multiple)), max(1, _CHUNK // batch_size)) * multiple
         self._placement, self._multiple = placement, multiple
@@ -221,6 +228,18 @@ class _Chunks:
     def probe(self) -> Batch:
         """One batch a device."""
         return self._slice(0, self._multiple)
+
+
+class _Lengths:
+    """The same for "layers": lists of batches, each as long as its longest example needs."""
+
+    def __init__(self, loss_fn: LossFn, examples: Batch, batch_size: int, placement: Placement):
+        batches, self.places = layerwise.cut(loss_fn, examples, batch_size)
+        self._batches = [put_examples(batch, placement) for batch in batches]
+        self._size = max(1, _CHUNK // batch_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return (self._batches[i : i + self._size] for i in range(0, len(self._batches), self._size))
 
 
 def _pad(leaf: Any, missing: int) -> Any:
@@ -243,12 +262,6 @@ def _call(
     block = block + block[-1:] * (_block_size(layout, placement) - len(block))
     items = put_model(jax.tree.map(lambda *leaves: jnp.stack(leaves), *block), placement, stacked=True)
     return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
-
-
-def _layer_by_layer(stages: Sequence[layerwise.DrawnStage], block: list[Any], examples: Batch, batch_size: int) -> Any:
-    starts = range(0, num_examples(examples), batch_size)
-    batches = [jax.tree.map(lambda leaf: leaf[start : start + batch_size], examples) for start in starts]  # noqa: B023
-    return jnp.stack([jnp.concatenate(layerwise.losses(stages, item, batches)) for item in block])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

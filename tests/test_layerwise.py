@@ -51,6 +51,23 @@ def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
     np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, batch), rtol=1e-5, atol=1e-5)
 
 
+def test_batches_are_as_long_as_their_examples(batch):
+    loss_fn, _ = make(LLAMA)
+    rng = np.random.default_rng(0)
+    lengths = [40, 3, 9, 5, 4, 11, 2, 25, 1, 12, 3]
+    examples = prompt_batch([rng.integers(0, 48, size).tolist() for size in lengths])
+    examples |= completion_batch([[place] for place in range(len(lengths))])
+    batches, places = layerwise.cut(loss_fn, examples, 4)
+    # of 40 tokens, an eighth is 5; the last batch holds 12, 25 and, twice, 40
+    assert [part["prompt"].shape for part in batches] == [(4, 5), (4, 15), (4, 40)]
+    joined = [row for part in batches for row in zip(part["prompt"], part["prompt_length"], strict=True)]
+    for place, (prompt, length) in enumerate(joined):
+        row = int(np.concatenate([part["completion"] for part in batches])[place, 0])
+        np.testing.assert_array_equal(prompt[-length:], examples["prompt"][row, -length:])
+    completions = np.concatenate([part["completion"] for part in batches])
+    np.testing.assert_array_equal(completions[places], examples["completion"])
+
+
 def test_every_token_has_its_own_loss(batch):
     loss_fn, params = make(GEMMA2)
     draws = around(loss_fn, params)
