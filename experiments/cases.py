@@ -149,7 +149,8 @@ class Recipe(NamedTuple):
     Attributes:
       dataset, data_dir: for `load_images`; digits are split anew for every attack and seed.
       model: for `build_model`.
-      initial_weights: file of weights that training starts from, for `load_weights`; drawn at random where None.
+      initial_weights: weights that training starts from, a file for `load_weights` or a folder that `train_case` kept a
+        model in; drawn at random where None.
       num_train, num_pool: at most so many images, all where None.
       poison_ratio, target: for `poison`.
       augment: whether images are cropped, and flipped where the data set is CIFAR-10.
@@ -280,7 +281,9 @@ def _fit(
     if recipe.initial_weights is None:
         model = _build(recipe.model, num_classes, shape, recipe.dtype, model_seed)
     else:
-        weights = load_weights(Path(recipe.initial_weights))
+        path = Path(recipe.initial_weights)
+        kept = path / "model" / "arrays"
+        weights = load_weights(kept if kept.is_dir() else path)
         model = from_torch(recipe.model, weights, shape, num_classes=num_classes, dtype=jnp.dtype(recipe.dtype))
     train_classifier(
         model,

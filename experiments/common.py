@@ -462,13 +462,19 @@ def random_problem(
 
 def random_sequences(
     rng: np.random.Generator, vocab_size: int, count: int, prompt_tokens: int, num_tokens: int,
-    shortest: int | None = None,
+    shortest: int | None = None, shared: int = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """`count` prompts and completions of chance; prompts have from `shortest` to `prompt_tokens` tokens, evenly."""
-    prompts, completions = (rng.integers(0, vocab_size, (count, size)).tolist() for size in (prompt_tokens, num_tokens))
-    lengths = np.linspace(shortest or prompt_tokens, prompt_tokens, count).astype(int)
-    prompts = [prompt[:length] for prompt, length in zip(prompts, rng.permutation(lengths), strict=True)]
-    return prompt_batch(prompts, prompt_tokens) | completion_batch(completions)
+    """`count` prompts and completions of chance.
+
+    Args:
+      shortest: tokens of the shortest prompt; lengths lie evenly between it and `prompt_tokens`.
+      shared: tokens that all prompts begin with.
+    """
+    prompts, completions = (rng.integers(0, vocab_size, (count, size)) for size in (prompt_tokens, num_tokens))
+    prompts[:, :shared] = prompts[0, :shared]
+    lengths = rng.permutation(np.linspace(shortest or prompt_tokens, prompt_tokens, count).astype(int))
+    cut = [prompt[:length].tolist() for prompt, length in zip(prompts, lengths, strict=True)]
+    return prompt_batch(cut, prompt_tokens) | completion_batch(completions.tolist())
 
 
 def define_training_flags() -> None:
@@ -481,7 +487,7 @@ def define_training_flags() -> None:
         "model", None, f"{', '.join(MODELS)} or wrn<d>_<k>; digits_cnn or preact_resnet18 if not given."
     )
     flags.DEFINE_string(
-        "initial_weights", None, "File of weights that training starts from, to backdoor by fine-tuning."
+        "initial_weights", None, "Weights to start training from: a file, or a folder of train_backdoor."
     )
     flags.DEFINE_integer("num_train", None, "Training images at most; all where not given.", lower_bound=1)
     flags.DEFINE_integer("num_pool", None, "Test images at most; all where not given.", lower_bound=1)

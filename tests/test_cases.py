@@ -1,5 +1,6 @@
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -29,6 +30,16 @@ def test_a_kept_model_comes_back(tmp_path):
     np.testing.assert_array_equal(again.triggered(sources)[0], images)
     batch = {"image": images, "label": case.pool.labels[:9]}
     np.testing.assert_array_equal(again.loss_fn(again.params, batch), case.loss_fn(case.params, batch))
+
+
+def test_training_goes_on_from_a_kept_model(tmp_path):
+    clean = cases.train_case("clean", 0, QUICK, tmp_path)
+    recipe = QUICK._replace(initial_weights=str(tmp_path), learning_rate=0.0, num_epochs=1)
+    case = cases.train_case("badnet", 0, recipe)
+    # all but the batch statistics, which move without a step
+    leaves = map(jax.tree.leaves, (case.params, clean.params, clean.loss_fn.is_trainable(clean.params)))
+    for new, old, trained in zip(*leaves, strict=True):
+        assert np.array_equal(new, old) == trained
 
 
 def test_the_clean_model_that_an_attack_needs_is_kept_beside(tmp_path):
