@@ -330,6 +330,19 @@ def test_ted_is_as_published(maps):
     assert min(np.abs(found - wanted).max() for wanted in candidates) < 1e-4
 
 
+def test_ted_goes_by_the_names_of_layers(maps):
+    layers, logits, is_trusted = maps
+    flat = {name: x.reshape(70, -1) for name, x in layers.items()}
+    # JAX sorts the names of whatever it is given, and what the model tells is in the order of the layers
+    one, other = ({"logits": logits, "layers": dict(sorted(flat.items(), reverse=turned))} for turned in (False, True))
+
+    def part(seen, which):
+        return {"logits": seen["logits"][which], "layers": {name: x[which] for name, x in seen["layers"].items()}}
+
+    scores = TED().fit(part(other, is_trusted))(part(one, ~is_trusted))
+    np.testing.assert_allclose(scores, TED().fit(part(other, is_trusted))(part(other, ~is_trusted)))
+
+
 def test_ted_without_a_trusted_example_of_the_class(maps):
     layers, logits, is_trusted = maps
     seen = {"logits": logits, "layers": {name: x.reshape(70, -1) for name, x in layers.items()}}

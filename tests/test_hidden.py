@@ -47,11 +47,11 @@ def states_behind(model, tokens, layer):
 def test_states_are_those_of_each_sequence_by_itself(model, place):
     given = batch(0, count=7)
     read = Model(*from_decoder(model), batch_size=4).read(HiddenStates(place), given)
-    assert list(read) == ["layer2", "layer4"]
+    assert list(read) == ["layer002", "layer004"]
     for index in range(7):
         size, more = int(given["prompt_length"][index]), int(given["completion_length"][index])
         tokens = [*given["prompt"][index][-size:], *given["completion"][index][:more]]
-        for name, layer in (("layer2", 1), ("layer4", 3)):
+        for name, layer in (("layer002", 1), ("layer004", 3)):
             states = states_behind(model, tokens, layer)
             wanted = {"last": states[size - 1], "prompt": states[:size].mean(0), "completion": states[size:].mean(0)}
             np.testing.assert_allclose(read[name][index], wanted[place], atol=2e-4)
@@ -99,7 +99,7 @@ def test_padding_changes_nothing(model):
         short, long = (
             Model(loss_fn, params).read(HiddenStates(place), batch(0, 5, *sizes)) for sizes in ((9, 6), (12, 8))
         )
-        np.testing.assert_allclose(short["layer4"], long["layer4"], atol=2e-4)
+        np.testing.assert_allclose(short["layer004"], long["layer004"], atol=2e-4)
     positions, _ = sequence_positions(batch(0, 5))
     assert positions.shape == (5, 15)
 

@@ -29,7 +29,7 @@ Place = Literal["last", "prompt", "completion"]
 
 @dataclasses.dataclass(frozen=True)
 class HiddenStates:
-    """Reads `{"layer2": [n, size], ...}`, float32, of a batch of `SequenceLoss`.
+    """Reads `{"layer002": [n, size], ...}`, float32, of a batch of `SequenceLoss`.
 
     Attributes:
       place: the "last" token of the prompt, the mean over the "prompt", or over the "completion".
@@ -48,7 +48,8 @@ def read_states(
     """What one forward pass of a decoder tells: states after the last norm, and what `HiddenStates` reads at places.
 
     Returns:
-      `[n, prompt_size + size, features]`, of prompts and completions end to end; by place `{"layer2": [n, features]}`.
+      `[n, prompt_size + size, features]`, of prompts and completions end to end; by place
+      `{"layer002": [n, features]}`, so that the order of names, in which JAX puts them, is that of the layers.
     """
     positions, is_target = sequence_positions(batch)
     tokens, size = jnp.concatenate([batch["prompt"], batch["completion"]], axis=1), batch["prompt"].shape[1]
@@ -65,7 +66,7 @@ def read_states(
     def watch(index: int, state: jax.Array) -> None:
         if index % 2 == 1:  # the second layer is the first even one
             for place in places:
-                states[place][f"layer{index + 1}"] = reduced(state.astype(jnp.float32), place)
+                states[place][f"layer{index + 1:03}"] = reduced(state.astype(jnp.float32), place)
 
     hidden, _ = model.hidden(tokens, positions, model.empty_cache(*tokens.shape), watch)
     return hidden, states

@@ -40,8 +40,8 @@ class TED(Statistic):
         def ranks(observed: Observed, *, own: bool) -> np.ndarray:
             same = predicted(observed)[:, None] == classes
             result = []
-            for name, values in observed["layers"].items():
-                distances = distances_to(values, trusted["layers"][name], own=own)
+            for name, values in trusted["layers"].items():  # in one order, whatever that of the observed is
+                distances = distances_to(observed["layers"][name], values, own=own)
                 nearest = np.where(same, distances, np.inf).min(axis=1, keepdims=True)
                 rank = (distances < nearest).sum(axis=1)
                 result.append(np.where(np.isinf(nearest[:, 0]), len(classes), rank))
