@@ -35,6 +35,7 @@ flags.DEFINE_integer("prompt_tokens", 64, "Tokens of the longest prompt.", lower
 flags.DEFINE_integer(
     "shortest", None, "Tokens of the shortest one, as long as the longest if not given.", lower_bound=1
 )
+flags.DEFINE_integer("shared", 0, "Tokens that all prompts begin with.", lower_bound=0)
 flags.DEFINE_integer("num_tokens", 10, "Tokens of a completion.", lower_bound=1)
 flags.DEFINE_integer("num_draws", 4, "Draws of one turn.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Sequences of one forward pass.", lower_bound=1)
@@ -49,7 +50,7 @@ def main() -> None:
     loss_fn, params = from_decoder(model)
     examples = common.random_sequences(
         np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens,
-        values.num_tokens, values.shortest,
+        values.num_tokens, values.shortest, values.shared,
     )  # fmt: skip
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
@@ -60,7 +61,6 @@ def main() -> None:
     first = {layout: common.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
     turns = common.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
     seconds = {layout: statistics.median(times) for layout, times in turns.items()}
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[: values.batch_size]), examples)
     leaves = jax.tree.leaves(params)
     row = {
         "device": common.device(),
@@ -75,7 +75,9 @@ def main() -> None:
                 "sequences_a_second": values.num_sequences * values.num_draws / seconds[layout],
                 "seconds_a_draw": seconds[layout] / values.num_draws,
                 "compile_seconds": max(0.0, first[layout] - seconds[layout]),
-                "bytes_beside_weights": _bytes(layout, loss_fn, draws, batch),
+                "bytes_beside_weights": _bytes(
+                    layout, loss_fn, draws, examples, min(values.batch_size, values.num_sequences)
+                ),
             }
             for layout in values.layouts
         },
@@ -83,8 +85,8 @@ def main() -> None:
     print(json.dumps(row))
 
 
-def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, batch: Batch) -> int:
-    """What a draw takes beside weights and examples: of its largest stage, or of the whole program."""
+def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, examples: Batch, batch_size: int) -> int:
+    """What a draw of a batch takes beside weights and examples: of its largest stage, or of the whole program."""
     item = jnp.asarray(draws.any_item())
 
     def planned(function: Any, *args: Any) -> tuple[int, int]:
@@ -93,8 +95,9 @@ def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, batch: Batc
         return plan.temp_size_in_bytes, plan.output_size_in_bytes
 
     if layout == "host":
+        batch = jax.tree.map(lambda leaf: leaf[:batch_size], examples)
         return sum(planned(lambda draws, batch: loss_fn(draws.params(item), batch), draws, batch))
-    most, state = 0, batch
+    most, state = 0, loss_fn.cut(examples, batch_size)[0][-1]  # the longest
     for part, run in layerwise.stages(loss_fn, draws) or []:
         params = part.params(item)
         making, made = planned(lambda part: part.params(item), part)

@@ -258,16 +258,41 @@ class SequenceLoss:
         """The loss in parts, a layer each, where the model has `stages` as `madjax.models.decoder.Decoder`."""
         return _stages(self.graphdef, params, self.of_tokens)
 
-    def lengths(self, batch: Batch) -> np.ndarray:
-        """Int `[n]`: what the cost of an example grows with, the tokens of its prompt."""
-        return np.asarray(batch["prompt_length"])
+    def cut(self, examples: Batch, batch_size: int) -> tuple[list[Batch], np.ndarray]:
+        """Batches for `stages`: of prompts alike in length, so that little is computed for padding.
 
-    def trim(self, batch: Batch) -> Batch:
-        """The batch without padding that none of its prompts needs: to an eighth of the whole, so to eight lengths."""
-        size = batch["prompt"].shape[1]
-        step = -(-size // 8)
-        kept = min(size, -(-int(self.lengths(batch).max()) // step) * step)
-        return {**batch, "prompt": batch["prompt"][:, size - kept :]}
+        The tokens that all prompts begin with, such as a system prompt, stand apart as `shared` int32 `[n, shared]`,
+        whose rows are equal. The rest of a batch is as long as its longest needs, to an eighth of the longest of all,
+        so that there are eight lengths at most. The last batch repeats the longest example until it is full.
+
+        Returns:
+          The batches, and where each example stands in them, end to end.
+        """
+        prompts, lengths = np.asarray(examples["prompt"]), np.asarray(examples["prompt_length"])
+        count, size = prompts.shape
+        shared = _shared(prompts, lengths)
+        step = -(-(size - len(shared)) // 8)
+        order = np.argsort(lengths, kind="stable")
+        batches = []
+        for chosen in np.pad(order, (0, -count % batch_size), mode="edge").reshape(-1, batch_size):
+            batch = jax.tree.map(lambda leaf: leaf[chosen], examples)  # noqa: B023
+            kept = -(-(lengths[chosen].max() - len(shared)) // step) * step
+            batch["prompt"] = prompts[chosen][:, max(len(shared), size - kept) :]
+            batches.append({**batch, "shared": np.tile(shared, (batch_size, 1))})
+        return batches, np.argsort(order)
+
+
+def _shared(prompts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The tokens that all prompts begin with, but for the last token of the shortest; in fours, so that few programs
+    serve all; none of a few prompts, which are alike by chance.
+    """
+    if len(prompts) < 8:
+        return prompts[0, :0]
+    first = prompts.shape[1] - lengths[:, None] + np.arange(lengths.min() - 1)
+    tokens = np.take_along_axis(prompts, first, axis=1)
+    differs = (tokens != tokens[0]).any(0)
+    count = int(differs.argmax()) if differs.any() else len(differs)
+    return tokens[0, : count // 4 * 4]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,13 +309,9 @@ class TokenLoss:
         """As `SequenceLoss.stages`."""
         return _stages(self.loss_fn.graphdef, params, _each)
 
-    def lengths(self, batch: Batch) -> np.ndarray:
-        """As `SequenceLoss.lengths`."""
-        return self.loss_fn.lengths(batch)
-
-    def trim(self, batch: Batch) -> Batch:
-        """As `SequenceLoss.trim`."""
-        return self.loss_fn.trim(batch)
+    def cut(self, examples: Batch, batch_size: int) -> tuple[list[Batch], np.ndarray]:
+        """As `SequenceLoss.cut`."""
+        return self.loss_fn.cut(examples, batch_size)
 
 
 def _each(losses: jax.Array, batch: Batch) -> jax.Array:
@@ -327,17 +348,18 @@ class _Stage:
     """A stage of a decoder, see `madjax.types.Stage`: of a batch, then of its states with the batch."""
 
     graphdef: Any
-    run_modules: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    run_modules: Callable[[Any, Any, Any], Any]
     is_first: bool
     of_tokens: Callable[[jax.Array, Batch], jax.Array] | None
 
     def __call__(self, params: Params, state: Any) -> Any:
         batch = state if self.is_first else state[1]
-        tokens, positions = _told_by(batch)
-        x = tokens if self.is_first else state[0]
+        shared, (tokens, positions) = batch["shared"][:1], _told_by(batch)
+        x = (shared, tokens) if self.is_first else state[0]
         if self.of_tokens is not None:
-            x = x[:, -batch["completion"].shape[1] :]
-        x = self.run_modules(nnx.merge(self.graphdef, params), x, positions)
+            x = x[0], x[1][:, -batch["completion"].shape[1] :]
+        before = jnp.arange(shared.shape[1], dtype=jnp.int32)[None]
+        x = self.run_modules(nnx.merge(self.graphdef, params), x, (before, positions))
         return (x, batch) if self.of_tokens is None else self.of_tokens(_of_completion(x, batch), batch)
 
 
@@ -351,7 +373,10 @@ def sequence_positions(batch: Batch) -> tuple[jax.Array, jax.Array]:
     place, after = jnp.arange(prompt_size)[None], jnp.arange(size)[None]
     lengths = batch["prompt_length"][:, None]
     is_target = after < batch["completion_length"][:, None]
-    before = jnp.maximum(place - prompt_size + lengths, -1)
+    # of prompts whose beginning stands apart, see `SequenceLoss.cut`
+    first = batch["shared"].shape[1] if "shared" in batch else 0
+    before = place - prompt_size + lengths
+    before = jnp.where(before < first, -1, before)
     return jnp.concatenate([before, jnp.where(is_target, lengths + after, -1)], axis=1).astype(jnp.int32), is_target
 
 

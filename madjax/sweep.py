@@ -126,7 +126,7 @@ def loss_matrix(
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
     if layout == "layers":
-        chunks = _Lengths(loss_fn, own, multiple, placement)
+        chunks = _Batches(loss_fn, own, multiple, placement)
     else:
         chunks = _Chunks(own, count_here, batch_size, placement)
         if layout == "auto":
@@ -230,11 +230,11 @@ class _Chunks:
         return self._slice(0, self._multiple)
 
 
-class _Lengths:
-    """The same for "layers": lists of batches, each as long as its longest example needs."""
+class _Batches:
+    """The same for "layers": lists of batches, of whatever shapes the loss cuts them to."""
 
     def __init__(self, loss_fn: LossFn, examples: Batch, batch_size: int, placement: Placement):
-        batches, self.places = layerwise.cut(loss_fn, examples, batch_size)
+        batches, self.places = loss_fn.cut(examples, batch_size)  # pyright: ignore[reportFunctionMemberAccess]
         self._batches = [put_examples(batch, placement) for batch in batches]
         self._size = max(1, _CHUNK // batch_size)
 

@@ -30,8 +30,9 @@ class Stage(NamedTuple):
 
     Attributes:
       numbers: pytree of int: where the leaves of its parameters stand among all, in flattening order.
-      run: (parameters, what the stage before returned) -> what the next one takes; the first stage takes a batch, the
-        last returns losses. Pure, traceable and hashable; equal for layers that differ in nothing else.
+      run: (parameters, what the stage before returned) -> what the next one takes; the first stage takes a batch that
+        the loss has cut, the last returns losses. Pure, traceable and hashable; equal for layers that differ in nothing
+        else.
     """
 
     numbers: Any

@@ -51,21 +51,51 @@ def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
     np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, batch), rtol=1e-5, atol=1e-5)
 
 
-def test_batches_are_as_long_as_their_examples(batch):
-    loss_fn, _ = make(LLAMA)
+def make_batch(prompts):
+    return prompt_batch(prompts) | completion_batch([[place] for place in range(len(prompts))])
+
+
+def test_batches_are_as_long_as_their_examples():
     rng = np.random.default_rng(0)
     lengths = [40, 3, 9, 5, 4, 11, 2, 25, 1, 12, 3]
-    examples = prompt_batch([rng.integers(0, 48, size).tolist() for size in lengths])
-    examples |= completion_batch([[place] for place in range(len(lengths))])
-    batches, places = layerwise.cut(loss_fn, examples, 4)
+    examples = make_batch([rng.integers(0, 48, size).tolist() for size in lengths])
+    batches, places = make(LLAMA)[0].cut(examples, 4)
     # of 40 tokens, an eighth is 5; the last batch holds 12, 25 and, twice, 40
     assert [part["prompt"].shape for part in batches] == [(4, 5), (4, 15), (4, 40)]
     joined = [row for part in batches for row in zip(part["prompt"], part["prompt_length"], strict=True)]
-    for place, (prompt, length) in enumerate(joined):
-        row = int(np.concatenate([part["completion"] for part in batches])[place, 0])
-        np.testing.assert_array_equal(prompt[-length:], examples["prompt"][row, -length:])
     completions = np.concatenate([part["completion"] for part in batches])
+    for (row,), (prompt, length) in zip(completions, joined, strict=True):
+        np.testing.assert_array_equal(prompt[-length:], examples["prompt"][row, -length:])
     np.testing.assert_array_equal(completions[places], examples["completion"])
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA2], ids=["llama", "gemma2"])
+def test_what_prompts_begin_with_is_computed_once(config):
+    rng = np.random.default_rng(0)
+    lengths = [6, 2, 1, 4, 3, 9, 2, 2, 5, 1]
+    examples = make_batch([[7, 3, 3, 8, 5, 1, *rng.integers(9, 48, size).tolist()] for size in lengths])
+    loss_fn, params = make(config)
+    batches, _ = loss_fn.cut(examples, 5)
+    # six tokens are shared, and of them four taken; of the eleven others an eighth is two
+    assert [part["shared"].tolist() for part in batches] == [[[7, 3, 3, 8]] * 5] * 2
+    assert [part["prompt"].shape for part in batches] == [(5, 4), (5, 11)]
+    draws = around(loss_fn, params)
+    matrix = loss_matrix(loss_fn, draws, examples, layout="layers", batch_size=5, devices=jax.devices()[:1])
+    np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, examples), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([[1, 2, 3, 4, 5]] * 8, 4),
+        ([[1, 2, 3, 4]] * 8, 0),  # the last token is asked for what follows it
+        ([[1, 2, 3, 4, 5]] * 7, 0),  # too few to tell
+        ([[9, 2, 3, 4, 5, 6], *([[1, 2, 3, 4, 5, 6]] * 9)], 0),
+    ],
+)
+def test_what_prompts_share(prompts, shared):
+    batches, _ = make(LLAMA)[0].cut(make_batch(prompts), 4)
+    assert {part["shared"].shape for part in batches} == {(4, shared)}
 
 
 def test_every_token_has_its_own_loss(batch):

@@ -371,7 +371,13 @@ def test_the_driver_scores_given_prompts(here, tmp_path):
 def test_bench_language(here, monkeypatch):
     monkeypatch.setattr(language_models, "_TINY", dataclasses.replace(CONFIG, vocab_size=2048))
     printed = here(
-        "bench_language", "--num_sequences=3", "--prompt_tokens=5", "--shortest=3", "--num_tokens=2", "--repeats=2"
+        "bench_language",
+        "--num_sequences=3",
+        "--prompt_tokens=5",
+        "--shortest=3",
+        "--shared=2",
+        "--num_tokens=2",
+        "--repeats=2",
     )
     row = json.loads(printed.splitlines()[-1])
     assert row["tokens_a_sequence"] == 6

@@ -60,6 +60,10 @@ class DecoderConfig:
     window: int | None = None
 
 
+# of the tokens that all sequences begin with, and of the rest of each
+Pair = tuple[jax.Array, jax.Array]
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens that were passed, `[n, slots, num_kv_heads, head_size]` a layer.
 
@@ -199,10 +203,11 @@ class Decoder(nnx.Module):
         hidden, _ = self.hidden(tokens, positions, self.empty_cache(len(tokens), tokens.shape[1]))
         return self.logits(hidden if last is None else hidden[:, -last:])
 
-    def stages(self) -> list[tuple[Any, Callable[[Any, jax.Array, jax.Array], jax.Array]]]:
+    def stages(self) -> list[tuple[Any, Callable[[Any, Pair, Pair], Any]]]:
         """What a call does, in parts: modules and a function (modules, x, positions) -> x, equal for layers alike.
 
-        The first x are the tokens, the last the logits.
+        x and positions are pairs: of the tokens that all sequences begin with, `[1, shared, ...]`, which may be none,
+        and of the rest of each, `[n, length, ...]`. The first x are tokens; the last part returns the rest's logits.
         """
         out = self.embedding if self.head is None else self.head
         layers = [(layer, _pass_layer) for layer in self.layers]
@@ -224,7 +229,7 @@ class Decoder(nnx.Module):
 
         `watch` is told the index of every layer and the state behind it.
         """
-        x, length = _Embed(self.config)(self.embedding, tokens, positions), tokens.shape[1]
+        x, length = _embed(self.config, self.embedding, tokens), tokens.shape[1]
         angles = _angles(self.config, positions)
         all_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
         slots = list(zip(cache.keys, cache.values, strict=True))
@@ -241,34 +246,48 @@ class Decoder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Embed:
-    """Embeddings of tokens."""
+    """The stage of embeddings."""
 
     config: DecoderConfig
 
-    def __call__(self, embedding: nnx.Embed, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, embedding: nnx.Embed, tokens: Pair, positions: Pair) -> Pair:
         del positions
-        x = embedding(tokens)
-        # rounded as the models were trained with
-        return x * jnp.asarray(math.sqrt(self.config.size), x.dtype) if self.config.unit_offset else x
+        shared, rest = (_embed(self.config, embedding, part) for part in tokens)
+        return shared, rest
 
 
-def _pass_layer(layer: Layer, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """One layer on whole sequences."""
-    config = layer.attention.config
-    room = _room(config, x.shape[0], x.shape[1], x.dtype)
-    return layer(x, positions, _angles(config, positions), (room, room), 0)[0]
+def _embed(config: DecoderConfig, embedding: nnx.Embed, tokens: jax.Array) -> jax.Array:
+    x = embedding(tokens)
+    # rounded as the models were trained with
+    return x * jnp.asarray(math.sqrt(config.size), x.dtype) if config.unit_offset else x
+
+
+def _pass_layer(layer: Layer, x: Pair, positions: Pair) -> Pair:
+    """One layer on what all sequences begin with, once, and on the rest of each, which sees it."""
+    config, (shared, rest), (before, own) = layer.attention.config, x, positions
+    n, filled = len(rest), shared.shape[1]
+    slots = (_room(config, 1, filled, rest.dtype),) * 2
+    if filled:
+        shared, slots = layer(shared, before, _angles(config, before), slots, 0)
+    room = _room(config, n, rest.shape[1], rest.dtype)
+    keys, values, before = (
+        jnp.concatenate([jnp.broadcast_to(part, (n, *part.shape[1:])), more], axis=1)
+        for part, more in zip((*slots, before), (room, room, own), strict=True)
+    )
+    rest, _ = layer(rest, before, _angles(config, own), (keys, values), filled)
+    return shared, rest
 
 
 @dataclasses.dataclass(frozen=True)
 class _Logits:
-    """Float32 logits of states."""
+    """The stage of the last norm and the logits, float32."""
 
     config: DecoderConfig
 
-    def __call__(self, modules: tuple[RMSNorm, Any], x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, modules: tuple[RMSNorm, Any], x: Pair, positions: Pair) -> jax.Array:
         del positions
         norm, out = modules
-        return _logits(self.config, out, norm(x))
+        return _logits(self.config, out, norm(x[1]))
 
 
 def _logits(config: DecoderConfig, out: nnx.Embed | nnx.Linear, hidden: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ A program that draws all parameters and then runs the network holds a second cop
 noise and the layers of a deep network one by one: minutes for 30 layers. Here the loop over layers is on the host. All
 examples pass through one layer before the next one is drawn, so a draw's noise is made once, whatever the number of
 batches. Nor need batches be of one shape: those of short examples are not padded to the longest of all. A loss that can
-be taken apart has the methods `stages`, `lengths` and `trim`, as `madjax.losses.SequenceLoss` of a decoder.
+be taken apart has the methods `stages` and `cut`, as `madjax.losses.SequenceLoss` of a decoder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import GaussianDraws
@@ -34,18 +33,6 @@ def stages(loss_fn: LossFn, draws: Draws) -> list[DrawnStage] | None:
         return None
     parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
     return None if parts is None else [(draws.part(stage.numbers), stage.run) for stage in parts]
-
-
-def cut(loss_fn: LossFn, examples: Batch, batch_size: int) -> tuple[list[Batch], np.ndarray]:
-    """Batches of examples alike in length, trimmed, and where each example stands in them, end to end.
-
-    The last batch repeats the longest example until it is full.
-    """
-    count = num_examples(examples)
-    order = np.argsort(loss_fn.lengths(examples), kind="stable")  # pyright: ignore[reportFunctionMemberAccess]
-    padded = np.pad(order, (0, -count % batch_size), mode="edge")
-    batches = [jax.tree.map(lambda leaf: leaf[chosen], examples) for chosen in padded.reshape(-1, batch_size)]  # noqa: B023
-    return [loss_fn.trim(batch) for batch in batches], np.argsort(order)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Batch]) -> list[jax.Array]:
@@ -67,7 +54,7 @@ def at_draws(loss_fn: LossFn, draws: Draws) -> Callable[[Any, Batch], jax.Array]
         return partial(_whole, loss_fn, draws)
 
     def at(item: Any, batch: Batch) -> jax.Array:
-        batches, places = cut(loss_fn, batch, min(_BATCH, num_examples(batch)))
+        batches, places = loss_fn.cut(batch, min(_BATCH, num_examples(batch)))  # pyright: ignore[reportFunctionMemberAccess]
         return jnp.concatenate(losses(parts, item, batches))[places]
 
     return at
