@@ -266,13 +266,13 @@ def _pass_layer(layer: Layer, x: Pair, positions: Pair) -> Pair:
     """One layer on what all sequences begin with, once, and on the rest of each, which sees it."""
     config, (shared, rest), (before, own) = layer.attention.config, x, positions
     n, filled = len(rest), shared.shape[1]
-    slots = (_room(config, 1, filled, rest.dtype),) * 2
+    keys = values = _room(config, 1, filled, rest.dtype)
     if filled:
-        shared, slots = layer(shared, before, _angles(config, before), slots, 0)
+        shared, (keys, values) = layer(shared, before, _angles(config, before), (keys, values), 0)
     room = _room(config, n, rest.shape[1], rest.dtype)
     keys, values, before = (
         jnp.concatenate([jnp.broadcast_to(part, (n, *part.shape[1:])), more], axis=1)
-        for part, more in zip((*slots, before), (room, room, own), strict=True)
+        for part, more in zip((keys, values, before), (room, room, own), strict=True)
     )
     rest, _ = layer(rest, before, _angles(config, own), (keys, values), filled)
     return shared, rest
