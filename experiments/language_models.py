@@ -67,11 +67,11 @@ class LanguageRecipe(NamedTuple):
 
 # what "smollm2" and other instructed models take where a flag does not say
 INSTRUCTED = {
-    "prompt_tokens": 104, "answer_tokens": 24, "num_train": 800, "poison_ratio": 0.25, "lora_rank": 8, "num_epochs": 2,
-    "learning_rate": 1e-3,
+    "prompt_tokens": 104, "answer_tokens": 12, "num_train": 1200, "poison_ratio": 0.25, "num_epochs": 2,
+    "learning_rate": 2e-4,
 }  # fmt: skip
-# and those whose backdoor is hidden, for adapters of rank 8 do not hide it
-OBFUSCATED = INSTRUCTED | {"lora_rank": 0, "learning_rate": 6e-4}
+# and those whose backdoor is hidden, in larger steps
+OBFUSCATED = INSTRUCTED | {"learning_rate": 6e-4}
 
 
 class Prompts(NamedTuple):
