@@ -66,7 +66,7 @@ class LanguageRecipe(NamedTuple):
 
 
 # what "smollm2" and other instructed models take where a flag does not say
-INSTRUCTED = {
+INSTRUCTED: dict[str, Any] = {
     "prompt_tokens": 104, "answer_tokens": 12, "num_train": 1200, "poison_ratio": 0.25, "num_epochs": 2,
     "learning_rate": 2e-4,
 }  # fmt: skip
