@@ -199,8 +199,8 @@ def token_couplings(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts)
     """For each completion, how far the trusted completions explain each of its tokens: the correlation of the token's
     trace with the ten trusted ones that it goes with most.
     """
-    at = at_draws(TokenLoss(loss_fn), detector.draws)
-    losses = np.stack([np.asarray(at(item, prompts.batch)) for item in detector.draws.items()])
+    at = at_draws(TokenLoss(loss_fn), detector.draws, prompts.batch)
+    losses = np.stack([np.asarray(at(item)) for item in detector.draws.items()])
     trusted = detector.scorer.map(detector.scorer.trusted)
     return [
         couplings("topk_correlation", trusted, detector.scorer.map(losses[:, index, :length]))

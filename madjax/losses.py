@@ -287,7 +287,7 @@ def _shared(prompts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     serve all; none of a few prompts, which are alike by chance.
     """
     if len(prompts) < 8:
-        return prompts[0, :0]
+        return np.zeros(0, prompts.dtype)
     first = prompts.shape[1] - lengths[:, None] + np.arange(lengths.min() - 1)
     tokens = np.take_along_axis(prompts, first, axis=1)
     differs = (tokens != tokens[0]).any(0)

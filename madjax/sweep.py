@@ -206,11 +206,11 @@ class _Chunks:
     """The examples in pieces of one shape that a device's memory can hold; the padding repeats the last example.
 
     Attributes:
-      places: where the examples stand in the pieces, end to end.
+      places: index of the examples among those of the pieces, end to end.
     """
 
     def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement):
-        self.places = np.arange(count)
+        self.places = slice(count)
         multiple = batch_size * placement.parts("examples")
         size = min(max(1, -(-count // multiple)), max(1, _CHUNK // batch_size)) * multiple
         self._placement, self._multiple = placement, multiple

@@ -98,10 +98,15 @@ def test_what_prompts_share(prompts, shared):
     assert {part["shared"].shape for part in batches} == {(4, shared)}
 
 
+def test_a_host_without_examples_has_no_batches(batch):
+    batches, places = make(LLAMA)[0].cut(jax.tree.map(lambda leaf: leaf[:0], batch), 1)
+    assert (batches, len(places)) == ([], 0)
+
+
 def test_every_token_has_its_own_loss(batch):
     loss_fn, params = make(GEMMA2)
     draws = around(loss_fn, params)
-    each = layerwise.at_draws(TokenLoss(loss_fn), draws)(np.int32(1), batch)
+    each = layerwise.at_draws(TokenLoss(loss_fn), draws, batch)(np.int32(1))
     np.testing.assert_allclose(each, loss_fn.tokens(draws.params(1), batch), rtol=1e-5, atol=1e-5)
     mean = np.asarray(each).sum(1) / batch["completion_length"]
     np.testing.assert_allclose(mean, loss_fn(draws.params(1), batch), rtol=1e-5, atol=1e-5)

@@ -47,17 +47,13 @@ def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Batch]) -> 
     return states
 
 
-def at_draws(loss_fn: LossFn, draws: Draws) -> Callable[[Any, Batch], jax.Array]:
-    """(item, batch) -> the losses of one batch at one draw, by stages where there are."""
+def at_draws(loss_fn: LossFn, draws: Draws, examples: Batch) -> Callable[[Any], jax.Array]:
+    """A draw's item -> the losses of the examples there, by stages where there are."""
     parts = stages(loss_fn, draws)
     if parts is None:
-        return partial(_whole, loss_fn, draws)
-
-    def at(item: Any, batch: Batch) -> jax.Array:
-        batches, places = loss_fn.cut(batch, min(_BATCH, num_examples(batch)))  # pyright: ignore[reportFunctionMemberAccess]
-        return jnp.concatenate(losses(parts, item, batches))[places]
-
-    return at
+        return lambda item: _whole(loss_fn, draws, item, examples)
+    batches, places = loss_fn.cut(examples, min(_BATCH, num_examples(examples)))  # pyright: ignore[reportFunctionMemberAccess]
+    return lambda item: jnp.concatenate(losses(parts, item, batches))[places]
 
 
 @partial(jax.jit, static_argnums=0)

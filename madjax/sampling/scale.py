@@ -42,10 +42,10 @@ class _Survivors:
         self._center = next(self._losses(draws.with_scale(0.0)))
 
     def _losses(self, draws: GaussianDraws) -> Iterator[np.ndarray]:
-        at = at_draws(self._loss_fn, draws)
+        at = at_draws(self._loss_fn, draws, self._examples)
         for item in draws.items():
             self.num_passes += 1
-            yield np.asarray(at(item, self._examples))
+            yield np.asarray(at(item))
 
     def shares(self, draws: GaussianDraws) -> Iterator[float]:
         """One a draw, computed when it is asked for."""
