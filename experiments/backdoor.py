@@ -89,7 +89,7 @@ def _told() -> dict[str, Any]:
     if values.checkpoint is None:
         return {}
     path = Path(values.checkpoint)
-    if not _is_kept(path):
+    if not cases.is_kept(path):
         if len(values.attack) != 1:
             got = ",".join(values.attack)
             raise ValueError(f"attack: wanted the one that --checkpoint was trained with, got {got}")
@@ -109,10 +109,6 @@ def _check_told(flag: str, text: str, told: dict[str, Any]) -> None:
         raise ValueError(f"{flag}: {text} other flags: {different}")
 
 
-def _is_kept(path: Path) -> bool:
-    return (path / "model").is_dir()
-
-
 def _case(name: str, seed: int, workdir: Path) -> Case:
     values, recipe = flags.FLAGS, common.recipe_from_flags()
     if values.backdoorbench:
@@ -125,7 +121,7 @@ def _case(name: str, seed: int, workdir: Path) -> Case:
         hosts.barrier("trained")
         return cases.load_case(folder)
     path = Path(values.checkpoint)
-    if _is_kept(path):
+    if cases.is_kept(path):
         return cases.load_case(path, values.data_dir, values.num_pool)
     return cases.read_case(path, recipe, name, values.normalization, seed)
 

@@ -181,7 +181,7 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
 
     trojannn needs a clean model of the same recipe, which is trained, or read, in the folder `clean-<seed>` beside.
     """
-    if folder is not None and (folder / "model").exists():
+    if folder is not None and is_kept(folder):
         return load_case(folder)
     rng = cell_rng(name, seed)
     train, pool = _train(recipe, rng), _pool(recipe, name, seed)
@@ -282,8 +282,7 @@ def _fit(
         model = _build(recipe.model, num_classes, shape, recipe.dtype, model_seed)
     else:
         path = Path(recipe.initial_weights)
-        kept = path / "model" / "arrays"
-        weights = load_weights(kept if kept.is_dir() else path)
+        weights = load_weights(path / "model" / "arrays" if is_kept(path) else path)
         model = from_torch(recipe.model, weights, shape, num_classes=num_classes, dtype=jnp.dtype(recipe.dtype))
     train_classifier(
         model,
@@ -306,6 +305,11 @@ class Kept(NamedTuple):
     seed: int
     num_classes: int
     recipe: Recipe
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether `train_case` kept a model in the folder."""
+    return (folder / "model").is_dir()
 
 
 def read_kept(folder: Path) -> Kept:
