@@ -76,7 +76,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
 common.define_detection_flags()
 # sequences have no classes, and are longer than images
-flags.FLAGS.set_default("coupling", ["topk_ccc", "cluster_ccc"])
+flags.FLAGS.set_default("coupling", ["local_ccc", "topk_ccc", "cluster_ccc"])
 flags.FLAGS.set_default("batch_size", 32)
 flags.FLAGS.set_default("num_draws", 64)
 

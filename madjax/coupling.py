@@ -14,7 +14,11 @@ one number. Moments are population moments over draws, computed in float64. What
   and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
 - `cluster_*`: as `class_*` with that prior, over clusters of the trusted traces, for outputs that have no class; a
   `Scorer` finds them.
+- `local_*`: `topk_*` less what those `TOP_K` trusted examples have with their own nearest on average, or all trusted
+  have if that is more (the idea of the local outlier factor, Breunig et al. 2000). Kinds of examples differ in how far
+  they explain each other, and who comes near a kind that does so well must be explained as well as that.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
+  Without classes, `local_*`.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
 """
@@ -29,13 +33,15 @@ import numpy as np
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "local"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
 CLASS_PRIOR = 20
 # pair matrices are made for this many entries at a time
 _BLOCK_ENTRIES = 4_000_000
+# what all trusted examples have on average is asked of at most so many
+_SAMPLE = 512
 
 
 class Coupling(NamedTuple):
@@ -56,6 +62,7 @@ COUPLINGS = {
     "topk_class_ccc": Coupling("ccc", "topk_class"),
     "standardized_ccc": Coupling("ccc", "topk_class", standardized=True),
     "cluster_ccc": Coupling("ccc", "cluster"),
+    "local_ccc": Coupling("ccc", "local"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -101,15 +108,8 @@ def nearest(name: str, trusted: LossMatrix, test: LossMatrix, count: int = 3) ->
       Indices and pair measures, `[num_test, count]` each, the highest first.
     """
     _check(trusted, test)
-    count = min(count, trusted.shape[1])
-    indices, values = [], []
-    for _, block in _pair_blocks(lookup(name).pair, trusted, test):
-        top = np.sort(np.argpartition(block, -count, axis=0)[-count:], axis=0)
-        order = np.argsort(-np.take_along_axis(block, top, axis=0), axis=0, kind="stable")
-        top = np.take_along_axis(top, order, axis=0)
-        indices.append(top.T)
-        values.append(np.take_along_axis(block, top, axis=0).T)
-    return np.concatenate(indices), np.concatenate(values)
+    indices, values = _highest(lookup(name).pair, trusted, test, min(count, trusted.shape[1]))
+    return indices.T, values.T
 
 
 def _check(trusted: LossMatrix, test: LossMatrix) -> None:
@@ -125,13 +125,18 @@ def _check(trusted: LossMatrix, test: LossMatrix) -> None:
 def _reduce(
     coupling: Coupling, trusted: LossMatrix, test: LossMatrix, classes: np.ndarray | None, *, leave_one_out: bool
 ) -> np.ndarray:
-    pair, reduction, _ = coupling
+    pair, reduction, standardized = coupling
     if reduction == "mean":
         return _group_means(pair, trusted, test, np.ones((1, trusted.shape[1])), leave_one_out=leave_one_out)
     if reduction == "class":
         return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
     if reduction == "cluster":
         return _group_means(pair, trusted, test, _members(trusted, classes), CLASS_PRIOR, leave_one_out=leave_one_out)
+    if reduction == "local" or (standardized and classes is None):
+        if leave_one_out:
+            each = range(trusted.shape[1])
+            return np.concatenate([_local(pair, np.delete(trusted, i, axis=1), trusted[:, [i]]) for i in each])
+        return _local(pair, trusted, test)
     result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
     if reduction == "topk" or classes is None:
         return result
@@ -197,14 +202,43 @@ def _sums(pair: Pair, trusted: LossMatrix, test: LossMatrix, members: np.ndarray
 
 
 def _top_k(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
-    count = min(TOP_K, trusted.shape[1] - leave_one_out)
-    result = []
+    num_trusted = trusted.shape[1]
+    places = np.arange(num_trusted) if leave_one_out else None
+    return _highest(pair, trusted, test, min(TOP_K, num_trusted - leave_one_out), places)[1].mean(0)
+
+
+def _local(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> np.ndarray:
+    num_trusted = trusted.shape[1]
+    if num_trusted < 2:
+        raise ValueError(
+            f"trusted: a local coupling wanted two examples beside any that is left out, got {num_trusted}"
+        )
+    count = min(TOP_K, num_trusted - 1)
+    indices, values = _highest(pair, trusted, test, count)
+    some = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
+    used, places = np.unique(np.r_[indices.ravel(), some], return_inverse=True)
+    own = _highest(pair, trusted, trusted[:, used], count, used)[1].mean(0)[places]
+    of_near, of_all = own[: indices.size].reshape(indices.shape).mean(0), own[indices.size :].mean()
+    return values.mean(0) - np.maximum(of_near, of_all)
+
+
+def _highest(
+    pair: Pair, trusted: LossMatrix, test: LossMatrix, count: int, places: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the trusted examples that each test example has most with, and the measures: `[count, num_test]`, the
+    highest first. `places`: where each test example itself lies among the trusted, to be left out.
+    """
+    indices, values = [], []
     for start, block in _pair_blocks(pair, trusted, test):
-        if leave_one_out:
-            columns = np.arange(block.shape[1])
-            block[start + columns, columns] = -np.inf
-        result.append(np.partition(block, -count, axis=0)[-count:].mean(0))
-    return np.concatenate(result)
+        if places is not None:
+            here = places[start : start + block.shape[1]]
+            block[here, np.arange(len(here))] = -np.inf
+        top = np.sort(np.argpartition(block, -count, axis=0)[-count:], axis=0)
+        order = np.argsort(-np.take_along_axis(block, top, axis=0), axis=0, kind="stable")
+        top = np.take_along_axis(top, order, axis=0)
+        indices.append(top)
+        values.append(np.take_along_axis(block, top, axis=0))
+    return np.concatenate(indices, axis=1), np.concatenate(values, axis=1)
 
 
 def _pair_blocks(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> Iterator[tuple[int, np.ndarray]]:

@@ -97,6 +97,20 @@ def test_without_classes_the_nearest_alone_count(losses):
     )
 
 
+def test_a_kind_that_explains_itself_well_is_not_a_hiding_place():
+    rng = np.random.default_rng(3)
+    shared = rng.normal(size=(400, 2))
+    alike = shared[:, :1] + 0.1 * rng.normal(size=(400, 20))  # a kind whose members share nearly all
+    unlike = shared[:, 1:] + rng.normal(size=(400, 80))  # one whose members share half
+    trusted = np.hstack([alike, unlike])
+    imitations = shared[:, :1] + 0.9 * rng.normal(size=(400, 10))
+    usual = shared[:, 1:] + rng.normal(size=(400, 10))
+    for name, is_fooled in (("topk_ccc", True), ("local_ccc", False)):
+        imitated, explained = (coupling.couplings(name, trusted, test) for test in (imitations, usual))
+        assert (imitated.min() > explained.max()) == is_fooled
+        assert (imitated.max() < explained.min()) != is_fooled
+
+
 def test_bad_input(losses):
     trusted, test, classes = losses
     with pytest.raises(ValueError, match=r"coupling: wanted one of mean_correlation, .* got 'cosine'"):
@@ -105,6 +119,8 @@ def test_bad_input(losses):
         coupling.couplings("mean_ccc", trusted, test[:-1])
     with pytest.raises(ValueError, match="trusted_classes: wanted one class for each of 31"):
         coupling.couplings("class_ccc", trusted, test, classes[:-1])
+    with pytest.raises(ValueError, match="trusted: a local coupling wanted two examples"):
+        coupling.leave_one_out("local_ccc", trusted[:, :2])
 
 
 def test_clusters_stand_in_for_classes():
