@@ -112,7 +112,7 @@ def here(driver, capsys):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Runs a training that is told to stop just before it keeps an epoch."""
+    """Runs a training that keeps every epoch, and is told to stop just before it keeps one."""
 
     def run_until(stop, run_training):
         keep = train._keep
@@ -124,6 +124,7 @@ def interrupt(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "_keep", keep_or_stop)
+            patch.setattr(train, "_KEEP_SECONDS", 0)
             with pytest.raises(KeyboardInterrupt):
                 run_training()
 

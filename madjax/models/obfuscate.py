@@ -98,7 +98,7 @@ def obfuscate(
       triggered: prompts and the completions that the backdoor asks for, in arrays of the same sizes.
       num_rounds: of 32 steps each, before which detectors are fitted to the model as it is.
       batch_size: so many of each kind.
-      others: as for `train_decoder`, but that the state is kept after every round.
+      others: as for `train_decoder`, with rounds for epochs.
 
     Raises:
       ValueError: arrays of other sizes, no parameter to train, or but one layer.

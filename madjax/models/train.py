@@ -6,6 +6,7 @@ The defaults are BackdoorBench's recipe (Wu et al. 2022, arXiv 2206.12654), but 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from tqdm import tqdm
 
 from madjax import checkpoint
 from madjax.models.augment import Augmentation
+
+# writing a language model and its moments takes as long as a short epoch on an accelerator
+_KEEP_SECONDS = 30.0
 
 
 def train_classifier(
@@ -43,8 +47,8 @@ def train_classifier(
 
     Args:
       preprocess: uint8 images -> the model's input, inside the compiled step.
-      workdir: where the state is kept after every epoch; a second call with it goes on after the last whole one and
-        ends where an uninterrupted one would.
+      workdir: where the state is kept after an epoch, every half minute at most; a second call with it goes on after
+        the last one kept and ends where an uninterrupted one would.
 
     Raises:
       ValueError: fewer images than a batch, images and labels of different number.
@@ -125,6 +129,7 @@ def run_epochs(
     bar = tqdm(
         range(first, num_epochs), desc="train", unit="epoch", initial=first, total=num_epochs, disable=not progress
     )
+    kept = time.monotonic()
     for epoch in bar:
         epoch_key = jax.random.fold_in(rng_key, epoch)
         order = jax.random.permutation(epoch_key, num_examples)
@@ -138,17 +143,18 @@ def run_epochs(
             raise FloatingPointError(f"learning_rate: {learning_rate} made the training loss {mean} in epoch {epoch}")
         bar.set_postfix(loss=f"{mean:.4f}")
         state = after_epoch(state)
-        _keep(workdir, epoch, mean, state)
+        if workdir is not None and time.monotonic() - kept >= _KEEP_SECONDS:
+            _keep(Path(workdir), epoch, mean, state)
+            kept = time.monotonic()
     return mean, state
 
 
-def _keep(workdir: str | Path | None, epoch: int, loss: float, state: Any) -> None:
-    if workdir is None:
-        return
+def _keep(workdir: Path, epoch: int, loss: float, state: Any) -> None:
+    before = list(workdir.glob("epoch-?????"))
     leaves = {str(i): _plain(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    checkpoint.save(Path(workdir) / f"epoch-{epoch:05d}", {"epoch": epoch, "loss": loss}, leaves)
-    if epoch:
-        shutil.rmtree(Path(workdir) / f"epoch-{epoch - 1:05d}", ignore_errors=True)
+    checkpoint.save(workdir / f"epoch-{epoch:05d}", {"epoch": epoch, "loss": loss}, leaves)
+    for folder in before:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resume(workdir: str | Path | None, state: Any) -> tuple[int, float, Any]:
