@@ -2,15 +2,16 @@ r"""What detection depends on, one figure each: draws, trusted examples, poison 
 
     python -m experiments.ablations --workdir=runs/ablations --seed=0
 
-Four minutes on 2 CPU cores for digits. Takes the data set and training flags of experiments.backdoor. All but what a
+Some minutes on 2 CPU cores for digits. Takes the data set and training flags of experiments.backdoor. All but what a
 figure varies stays at the defaults; "statistics" compares chains of the paper's kernel, on plain traces, whose batch
 statistics are frozen or drift. Rivals (`--detector=functional,mahalanobis`) join where it may change them, with the
-number of trusted examples and the poison ratio. Writes results.json (a row a setting, detector, attack and seed) and
-<ablation>.png.
+number of trusted examples and the poison ratio. Seconds are those of a fit and of scoring, compilation counted.
+Writes results.json (a row a setting, detector, attack and seed) and <ablation>.png.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
 from madjax.sampling.perturbation import Perturbation
-from madjax.scorer import Scorer, Scores
+from madjax.scorer import Scores
 
 common.define_training_flags()
 common.define_list("attack", ["badnet", "blended", "sig"], list(ATTACKS), "Attacks.")
@@ -40,6 +41,11 @@ _NUM_DRAWS = (8, 16, 32, 64, 128, 256)
 _NUM_TRUSTED = (25, 50, 100, 200, 400)
 _POISON_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2)
 _FPR = 0.05
+# title, key, digits
+_SHOWN = (
+    ("AUROC", "auroc", 3), ("FPR", "realized_fpr", 3), ("TPR", "tpr", 3), ("DER", "der", 3),
+    ("seconds", "seconds", 1), ("forwards", "forwards_per_example", 1),
+)  # fmt: skip
 
 
 class _Cell:
@@ -54,31 +60,40 @@ class _Cell:
         self.case = cases.train_case(attack, seed, recipe, folder)
         self.test = cases.make_test_set(self.case, attack, seed)
 
-    def fit(self, perturbation: Perturbation, num_draws: int, **settings: Any) -> Detector:
-        return Detector.fit(
+    def ours(
+        self, perturbation: Perturbation, num_draws: int, num_trusted: int | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        start, trusted = time.perf_counter(), self._trusted(num_trusted)
+        detector = Detector.fit(
             jax.random.key(self.seed),
             self.case.loss_fn,
             self.case.params,
-            self.test.trusted,
+            trusted,
             sampling=self.test.sampling,
             perturbation=perturbation,
             num_draws=num_draws,
             layout=flags.FLAGS.layout,
             **settings,
         )
-
-    def row(self, scores: Scores, detector: str = common.FUNCTIONAL) -> dict[str, Any]:
-        counted = self.test.counted
-        row = report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR)
-        return {"detector": detector, **row}
+        scores = detector.score({"image": self.test.images})
+        num_test = len(self.test.images)
+        forwards = (detector.sample_forwards + num_draws * num_test) / (len(trusted["image"]) + num_test)
+        return self._row(common.FUNCTIONAL, scores, start, forwards)
 
     def rivals(self, num_trusted: int | None = None) -> Iterator[dict[str, Any]]:
-        trusted = jax.tree.map(lambda leaf: leaf[:num_trusted], self.test.trusted)
-        for rival in common.fit_rivals(self.case.loss_fn, self.case.params, trusted, fpr=_FPR):
-            yield self.row(rival.baseline.score({"image": self.test.images}), rival.name)
+        for rival in common.fit_rivals(self.case.loss_fn, self.case.params, self._trusted(num_trusted), fpr=_FPR):
+            start = time.perf_counter() - rival.seconds
+            scores = rival.baseline.score({"image": self.test.images})
+            yield self._row(rival.name, scores, start, rival.baseline.statistic.forwards)
 
-    def score(self, detector: Detector) -> dict[str, Any]:
-        return self.row(detector.score({"image": self.test.images}))
+    def _trusted(self, count: int | None) -> dict[str, Any]:
+        """The first ones, which lie in random order; all where `count` is None or more than there are."""
+        return jax.tree.map(lambda leaf: leaf[:count], self.test.trusted)
+
+    def _row(self, detector: str, scores: Scores, start: float, forwards: float) -> dict[str, Any]:
+        counted, cost = self.test.counted, {"seconds": time.perf_counter() - start, "forwards_per_example": forwards}
+        row = report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR)
+        return {"detector": detector, **row, **cost}
 
 
 def main() -> None:
@@ -99,29 +114,19 @@ def main() -> None:
         settings = [(row["value"], row["detector"]) for row in rows if row["ablation"] == name]
         for setting in dict.fromkeys(settings):
             chosen = [row for row in rows if (row["ablation"], row["value"], row["detector"]) == (name, *setting)]
-            keys = {"AUROC": "auroc", "FPR": "realized_fpr", "TPR": "tpr", "DER": "der"}
-            means = [f"{label} {np.nanmean([row[key] for row in chosen]):.3f}" for label, key in keys.items()]
+            means = [f"{label} {np.nanmean([row[key] for row in chosen]):.{digits}f}" for label, key, digits in _SHOWN]
             print(f"{name:<12} {setting[0]!s:<12} {setting[1]:<20}", *means)
     print(f"results in {workdir}")
 
 
 def _num_draws(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
-    detector = cell.fit(Gaussian(), max(_NUM_DRAWS))
-    losses, classes = detector.sweep({"image": cell.test.images})
-    # fewer draws are the first ones of many
-    trusted, trusted_classes = detector.scorer.trusted, detector.scorer.trusted_classes
     for count in _NUM_DRAWS:
-        yield count, cell.row(Scorer.fit(trusted[:count], trusted_classes).score(losses[:count], classes))
+        yield count, cell.ours(Gaussian(), count)
 
 
 def _num_trusted(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
-    detector = cell.fit(Gaussian(), flags.FLAGS.num_draws)
-    losses, classes = detector.sweep({"image": cell.test.images})
-    trusted, trusted_classes = detector.scorer.trusted, detector.scorer.trusted_classes
-    assert trusted_classes is not None
     for count in _NUM_TRUSTED:
-        # the trusted examples lie in random order; the last step takes all there are
-        yield count, cell.row(Scorer.fit(trusted[:, :count], trusted_classes[:count]).score(losses, classes))
+        yield count, cell.ours(Gaussian(), flags.FLAGS.num_draws, count)
         yield from ((count, row) for row in cell.rivals(count))
 
 
@@ -130,7 +135,7 @@ def _poison_ratio(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
         other = _Cell(cell.attack, cell.seed, ratio)
         if len(other.test.counted.triggered) < 20:
             continue  # the backdoor was not learned: there is nothing to find
-        yield ratio, other.score(other.fit(Gaussian(), flags.FLAGS.num_draws))
+        yield ratio, other.ours(Gaussian(), flags.FLAGS.num_draws)
         yield from ((ratio, row) for row in other.rivals())
 
 
@@ -138,13 +143,13 @@ def _parameters(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     module = cell.case.loss_fn.module
     head = nnx.merge(module.graphdef, module.rng_state, cell.case.params).HEAD
     for name, pattern in {"all": None, "kernels": "kernel", "biases": "bias", "last layer": f"{head}/"}.items():
-        yield name, cell.score(cell.fit(Gaussian(parameters=pattern), flags.FLAGS.num_draws))
+        yield name, cell.ours(Gaussian(parameters=pattern), flags.FLAGS.num_draws)
 
 
 def _statistics(cell: _Cell) -> Iterator[tuple[Any, dict[str, Any]]]:
     for name, drift in {"frozen": False, "drifting": True}.items():
         chain = Langevin(num_burnin_steps=50, num_steps_between_draws=4, drift=drift)
-        yield name, cell.score(cell.fit(chain, flags.FLAGS.num_draws, coupling="class_correlation", traces="raw"))
+        yield name, cell.ours(chain, flags.FLAGS.num_draws, coupling="class_correlation", traces="raw")
 
 
 _ABLATIONS: dict[str, Callable[[_Cell], Iterator[tuple[Any, dict[str, Any]]]]] = {

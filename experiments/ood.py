@@ -1,4 +1,4 @@
-r"""Out-of-distribution inputs: the coupling beside its rivals on the same model, and all of them as one score.
+r"""Out-of-distribution inputs: our detector beside its rivals on the same model, and all of them as one score.
 
     python -m experiments.ood --dataset=digits --workdir=runs/ood
     python -m experiments.ood --dataset=cifar10 --data_dir=DATA --checkpoint=clean_resnet56_cifar10.th \
@@ -12,10 +12,10 @@ are CIFAR-100 and Tiny-ImageNet, far MNIST, SVHN, Textures and Places365; `cifar
 that way. On digits the model learns 0 to 7; near are its `held_out` 8 and 9, far `patches` of the two photographs that
 scikit-learn ships.
 
-`combined` adds what coupling knows to what the rivals know: every part is brought to the mean and spread that it has
-on trusted examples, each scored by a fit that did not see it, and weighed; the sum is calibrated on them as any score.
-Metrics are OpenOOD's, with OOD as positive: AUROC, FPR at 95 % of OOD caught, area under precision and recall of the
-out- and of the in-distribution; near and far are unweighted means over sets.
+`combined` adds what our detector knows to what the rivals know: every part is brought to the mean and spread that it
+has on trusted examples, each scored by a fit that did not see it, and weighed; the sum is calibrated on them as any
+score. Metrics are OpenOOD's, with OOD as positive: AUROC, FPR at 95 % of OOD caught, area under precision and recall of
+the out- and of the in-distribution; near and far are unweighted means over sets.
 
 Writes config.json, results.json and, under losses/, what was swept. A second run with the same --workdir resumes.
 """
@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import io
 import math
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -53,7 +54,7 @@ OVERLAP = {
 _NEAR = {"digits": ["held_out"], "cifar10": ["tiny_imagenet"]}
 _FAR = {"digits": ["patches"], "cifar10": ["mnist", "gtsrb"]}
 # a quarter of coupling was the best of 1, 1/2 and 1/4 on CIFAR-10's ResNet-20; on digits it is as good as the others
-_PARTS, _PARTS_OF_DIGITS = ["coupling:0.25", "energy", "knn"], ["coupling", "energy", "knn"]
+_PARTS, _PARTS_OF_DIGITS = ["functional:0.25", "energy", "knn"], ["functional", "energy", "knn"]
 _KNOWN_DIGITS = 8
 
 
@@ -64,8 +65,9 @@ def _part(text: str) -> tuple[str, float]:
         weight = float(given or 1)
     except ValueError:
         weight = math.nan
-    if name not in ("coupling", *BASELINES) or not 0 < weight < math.inf:
-        raise ValueError(f"wanted part or part:weight of coupling, {', '.join(BASELINES)}, got {text!r}")
+    if name not in (common.FUNCTIONAL, *BASELINES) or not 0 < weight < math.inf:
+        known = ", ".join((common.FUNCTIONAL, *BASELINES))
+        raise ValueError(f"wanted part or part:weight of {known}, got {text!r}")
     return name, weight
 
 
@@ -77,10 +79,11 @@ flags.DEFINE_list("far", None, "OOD sets that are far; patches for digits, mnist
 flags.DEFINE_bool("jpeg", True, "Add the JPEG control.")
 flags.DEFINE_bool("resize", False, "Bring OOD images of another size, or with other channels, to the model's.")
 flags.DEFINE_integer("num_ood", 500, "Images of each OOD set at most.", lower_bound=1)
-common.define_list("detector", ["msp", "energy", "knn", "vim", "mahalanobis"], list(BASELINES), "Rivals.")
+common.define_detectors(with_ours=True)
+flags.FLAGS.set_default("detector", [common.FUNCTIONAL, "msp", "energy", "knn", "vim", "mahalanobis"])
 common.define_texts(
-    "parts", None, _part, "What is combined, a part or part:weight each; coupling:0.25,energy,knn if not given, and "
-    "coupling,energy,knn for digits.",
+    "parts", None, _part, "What is combined, a detector or detector:weight each; functional:0.25,energy,knn if not "
+    "given, and functional,energy,knn for digits.",
 )  # fmt: skip
 flags.DEFINE_string("workdir", "runs/ood", "Folder for results.")
 common.define_detection_flags()
@@ -126,29 +129,46 @@ def _run(seed: int, groups: dict[str, str], weights: dict[str, float], workdir: 
     sets = {name: _ood(name, others, benign["image"], seed) for name in groups}
 
     settings = common.settings_from_flags("default")
+    start = time.perf_counter()
     detector = common.fit_detector(settings, seed, case.loss_fn, case.params, trusted, None, None, folder / "trusted")
-    scored: dict[str, dict[str, Scores]] = {"coupling": {}}
-    for name, images in ({"benign": benign["image"]} | sets).items():
+    ours: dict[str, Scores] = {}
+    asked = {"benign": benign["image"]} | sets
+    for name, images in asked.items():
         swept = detector.sweep({"image": images}, workdir=folder / Path(name).name, progress=True)
-        scored["coupling"][name] = detector.score_losses(*swept)
-    trusted_scores = {"coupling": -detector.scorer.trusted_couplings}
-    for rival in dict.fromkeys([*values.detector, *(part for part in weights if part != "coupling")]):
+        ours[name] = detector.score_losses(*swept)
+    scored = {common.FUNCTIONAL: ours}
+    trusted_scores = {common.FUNCTIONAL: -detector.scorer.trusted_couplings}
+    num_draws, num_trusted, num_asked = len(detector.scorer.trusted), len(parts[0]), sum(map(len, asked.values()))
+    sample_forwards = detector.sample_forwards + num_draws * num_asked
+    costs = {common.FUNCTIONAL: _Cost(time.perf_counter() - start, sample_forwards / (num_trusted + num_asked))}
+    for rival in dict.fromkeys([*values.detector, *weights]):
+        if rival == common.FUNCTIONAL:
+            continue
+        start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fewer trusted examples than the published settings are made for
             baseline = Baseline.fit(lookup(rival), case.loss_fn, case.params, trusted, fpr=values.fpr)
         trusted_scores[rival] = baseline.trusted_scores
-        scored[rival] = {
-            name: baseline.score({"image": images}) for name, images in ({"benign": benign["image"]} | sets).items()
-        }
+        scored[rival] = {name: baseline.score({"image": images}) for name, images in asked.items()}
+        costs[rival] = _Cost(time.perf_counter() - start, baseline.statistic.forwards)
     shares = _combine(scored, trusted_scores, weights, values.fpr)
+    costs["combined"] = _Cost(*np.sum([costs[part] for part in weights], axis=0))
     accuracy = float((case.predict(benign["image"]) == pool.labels[parts[1]]).mean())
     return [
-        _row(method, name, group, seed, scored[method]["benign"], scored[method][name], len(parts[0]))
-        | {"acc": accuracy, "scale": detector.scale, "num_draws": len(detector.scorer.trusted)}
+        _row(method, name, group, seed, scored[method]["benign"], scored[method][name], num_trusted)
+        | {"acc": accuracy, "scale": detector.scale, "num_draws": num_draws}
+        | {"seconds": float(costs[method].seconds), "forwards_per_example": float(costs[method].forwards_per_example)}
         | ({"shares": shares[name]} if method == "combined" else {})
         for method in scored
         for name, group in groups.items()
     ]
+
+
+class _Cost(NamedTuple):
+    """Of fitting a detector and scoring all sets: seconds, those that a resumed run saves not counted."""
+
+    seconds: float
+    forwards_per_example: float
 
 
 def _combine(
@@ -277,15 +297,22 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for group in dict.fromkeys(row["group"] for row in rows):
         columns[f"[{group}]"] = [row for row in rows if row["group"] == group]
     print("AUROC / FPR at 95 % of OOD caught, both in %")
-    print(f"{'detector':<14}" + "".join(f"{name[:13]:>14}" for name in columns) + f"{'flagged':>9}")
+    print(
+        f"{'detector':<14}"
+        + "".join(f"{name[:13]:>14}" for name in columns)
+        + f"{'flagged':>9}{'seconds':>9}{'forwards':>9}"
+    )
     for method in dict.fromkeys(row["detector"] for row in rows):
         cells = ""
         for some in columns.values():
             mine = [row for row in some if row["detector"] == method]
             area, rate = (100 * np.mean([row[key] for row in mine]) for key in ("auroc", "fpr_at_95"))
             cells += f"{area:>8.1f} /{rate:>4.0f}"
-        flagged = np.mean([row["realized_fpr"] for row in rows if row["detector"] == method])
-        print(f"{method:<14}{cells}{flagged:>9.1%}")
+        flagged, seconds, forwards = (
+            np.mean([row[key] for row in rows if row["detector"] == method])
+            for key in ("realized_fpr", "seconds", "forwards_per_example")
+        )
+        print(f"{method:<14}{cells}{flagged:>9.1%}{seconds:>9.1f}{forwards:>9.1f}")
     combined = [row for row in rows if row["detector"] == "combined"]
     for name in dict.fromkeys(row["attack"] for row in combined):
         mine = [row["shares"] for row in combined if row["attack"] == name]

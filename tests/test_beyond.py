@@ -62,11 +62,15 @@ def test_adversarial(here, tmp_path):
 
 
 def test_ood(here, tmp_path):
-    given = ["--detector=msp,knn", "--parts=coupling,msp", "--num_ood=60", f"--workdir={tmp_path}", *SMALL]
+    given = ["--detector=functional,msp,knn", "--parts=functional,msp", "--num_ood=60", f"--workdir={tmp_path}", *SMALL]
     printed = here("ood", *given)
     rows = {(row["detector"], row["attack"]): row for row in results(tmp_path)}
     assert {name for _, name in rows} == {"held_out", "patches", "jpeg"}
-    assert {method for method, _ in rows} == {"coupling", "msp", "knn", "combined"}
+    assert {method for method, _ in rows} == {"functional", "msp", "knn", "combined"}
+    forwards = {method: row["forwards_per_example"] for (method, _), row in rows.items()}
+    assert forwards["msp"] == forwards["knn"] == 1
+    assert forwards["combined"] == forwards["functional"] + 1 > 5
+    assert all(row["seconds"] > 0 for row in rows.values())
     assert rows["msp", "held_out"]["auroc"] > 0.7
     assert rows["combined", "held_out"]["auroc"] > 0.7
     # what a JPEG round trip leaves is in distribution, nearly
@@ -77,25 +81,25 @@ def test_ood(here, tmp_path):
 
 def test_how_much_coupling_counts_depends_on_the_data(driver):
     weights = driver("ood")._weights
-    assert weights(None, "digits") == {"coupling": 1, "energy": 1, "knn": 1}
-    assert weights(None, "cifar10") == {"coupling": 0.25, "energy": 1, "knn": 1}
+    assert weights(None, "digits") == {"functional": 1, "energy": 1, "knn": 1}
+    assert weights(None, "cifar10") == {"functional": 0.25, "energy": 1, "knn": 1}
     assert weights(["msp:2"], "cifar10") == {"msp": 2}
 
 
 def test_parts_are_standardized_weighed_and_added(driver):
     rng = np.random.default_rng(0)
-    trusted = {"coupling": rng.normal(5, 3, 50), "msp": rng.normal(-1, 0.1, 50)}
+    trusted = {"functional": rng.normal(5, 3, 50), "msp": rng.normal(-1, 0.1, 50)}
 
     def scores(values):
         return Scores(values, values, values > 0, np.zeros(len(values), int), np.zeros((len(values), 0), int))
 
     values = {part: {name: rng.normal(size=7) for name in ("benign", "far")} for part in trusted}
     scored = {part: {name: scores(one) for name, one in some.items()} for part, some in values.items()}
-    shares = driver("ood")._combine(scored, trusted, {"coupling": 0.25, "msp": 2.0}, 0.05)
+    shares = driver("ood")._combine(scored, trusted, {"functional": 0.25, "msp": 2.0}, 0.05)
     z = {p: {n: (v - trusted[p].mean()) / trusted[p].std() for n, v in some.items()} for p, some in values.items()}
-    expected = 0.25 * z["coupling"]["far"] + 2 * z["msp"]["far"]
+    expected = 0.25 * z["functional"]["far"] + 2 * z["msp"]["far"]
     np.testing.assert_allclose(scored["combined"]["far"].anomaly_score, expected)
-    gap = {p: w * (z[p]["far"].mean() - z[p]["benign"].mean()) for p, w in (("coupling", 0.25), ("msp", 2))}
+    gap = {p: w * (z[p]["far"].mean() - z[p]["benign"].mean()) for p, w in (("functional", 0.25), ("msp", 2))}
     assert shares["far"] == pytest.approx({p: one / sum(gap.values()) for p, one in gap.items()})
 
 
@@ -120,9 +124,10 @@ def test_images_of_another_size_are_resized_only_when_asked(driver, tmp_path):
         ("adversarial", "--detector=msp", "wanted functional among them, got msp"),
         ("adversarial", "--weight=0,7", "wanted 0 to 1, got '7'"),
         ("adversarial", "--weight=0,0", "wanted one or more, each once, got '0,0'"),
-        ("ood", "--detector=mps", "wanted some of msp"),
-        ("ood", "--parts=coupling:0,msp", "wanted part or part:weight of coupling, msp, .*, got 'coupling:0'"),
-        ("ood", "--parts=coupling:much", "wanted part or part:weight of coupling"),
+        ("ood", "--detector=mps", "wanted some of functional, msp"),
+        ("ood", "--detector=msp", "wanted functional among them, got msp"),
+        ("ood", "--parts=functional:0,msp", "wanted part or part:weight of functional, msp, .*, got 'functional:0'"),
+        ("ood", "--parts=functional:much", "wanted part or part:weight of functional"),
     ],
 )
 def test_flags_are_judged_before_anything_runs(driver, name, flag, message):
