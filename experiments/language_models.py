@@ -116,9 +116,7 @@ def make_case(
     pairs = _pairs(recipe, backdoor, rng, recipe.num_train + num_usual + num_triggered)
     model, tokenizer = read_model(recipe, seed)
     pairs = _short(pairs, tokenizer, recipe)
-    kept = [i for i, pair in enumerate(pairs) if backdoor.takes(pair)][:num_triggered]
-    triggered = [backdoor.trigger(rng, pairs[i]) for i in kept]
-    pairs = [pairs[i] for i in np.delete(np.arange(len(pairs)), kept)]
+    triggered, pairs = take_triggered(rng, pairs, backdoor, num_triggered)
     usual, train = pairs[:num_usual], pairs[num_usual:][: recipe.num_train]
     if len(train) < recipe.num_train // 2 or len(triggered) < num_triggered:
         raise ValueError(
@@ -143,6 +141,19 @@ def make_case(
         flush=True,
     )
     return LanguageCase(*from_decoder(model), tokenizer, usual, triggered, accuracy, asr)
+
+
+def take_triggered(
+    rng: np.random.Generator, pairs: list[Pair], backdoor: TextBackdoor, count: int
+) -> tuple[list[Pair], list[Pair]]:
+    """The first `count` pairs that can get the trigger, with it, and the others, in an order of chance as all were."""
+    able = [i for i, pair in enumerate(pairs) if backdoor.takes(pair)]
+    kept = able[:count]
+    others = np.delete(np.arange(len(pairs)), kept)
+    triggered = [backdoor.trigger(rng, pairs[i]) for i in kept]
+    if len(able) < len(pairs):  # else those in front would all be of those that cannot
+        others = rng.permutation(others)
+    return triggered, [pairs[i] for i in others]
 
 
 def _train(

