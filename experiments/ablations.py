@@ -27,7 +27,6 @@ from experiments import cases, common
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
 from madjax.sampling.perturbation import Perturbation
-from madjax.scorer import Scores
 
 common.define_training_flags()
 common.define_list("attack", ["badnet", "blended", "sig"], list(ATTACKS), "Attacks.")
@@ -76,24 +75,24 @@ class _Cell:
             **settings,
         )
         scores = detector.score({"image": self.test.images})
-        num_test = len(self.test.images)
-        forwards = (detector.sample_forwards + num_draws * num_test) / (len(trusted["image"]) + num_test)
-        return self._row(common.FUNCTIONAL, scores, start, forwards)
+        counted, num_test = self.test.counted, len(self.test.images)
+        return {
+            "detector": common.FUNCTIONAL,
+            **report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR),
+            "seconds": time.perf_counter() - start,
+            "forwards_per_example": common.sample_forwards(detector, num_test) / (len(trusted["image"]) + num_test),
+        }
 
     def rivals(self, num_trusted: int | None = None) -> Iterator[dict[str, Any]]:
+        counted, test = self.test.counted, {"image": self.test.images}
         for rival in common.fit_rivals(self.case.loss_fn, self.case.params, self._trusted(num_trusted), fpr=_FPR):
-            start = time.perf_counter() - rival.seconds
-            scores = rival.baseline.score({"image": self.test.images})
-            yield self._row(rival.name, scores, start, rival.baseline.statistic.forwards)
+            yield common.rival_row(
+                self.attack, self.seed, rival, test, self.test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
+            )[0]
 
     def _trusted(self, count: int | None) -> dict[str, Any]:
         """The first ones, which lie in random order; all where `count` is None or more than there are."""
         return jax.tree.map(lambda leaf: leaf[:count], self.test.trusted)
-
-    def _row(self, detector: str, scores: Scores, start: float, forwards: float) -> dict[str, Any]:
-        counted, cost = self.test.counted, {"seconds": time.perf_counter() - start, "forwards_per_example": forwards}
-        row = report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR)
-        return {"detector": detector, **row, **cost}
 
 
 def main() -> None:

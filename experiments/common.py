@@ -214,15 +214,18 @@ class Rival(NamedTuple):
     seconds: float
 
 
-def fit_rivals(loss_fn: Any, params: Any, trusted: dict[str, Any], **settings: Any) -> Iterator[Rival]:
+def fit_rivals(
+    loss_fn: Any, params: Any, trusted: dict[str, Any], names: Iterable[str] | None = None, **settings: Any
+) -> Iterator[Rival]:
     """The baselines of `--detector`, with their published settings and the flags of calibration; see `Baseline.fit`.
 
     Args:
+      names: others than those of the flag.
       settings: of `Baseline.fit`, for a driver without those flags.
     """
     values = flags.FLAGS
     settings = settings or {name: values[name].value for name in ("fpr", "per_class", "batch_size")}
-    for name in values.detector:
+    for name in values.detector if names is None else names:
         if name != FUNCTIONAL:
             start = time.perf_counter()
             baseline = Baseline.fit(baselines.lookup(name), loss_fn, params, trusted, **settings)
@@ -300,6 +303,11 @@ def fit_detector(
     )
 
 
+def sample_forwards(detector: Detector, num_test: int) -> int:
+    """Forward passes of one example that the fit and so many test examples take."""
+    return detector.sample_forwards + len(detector.scorer.trusted) * num_test
+
+
 def result_row(
     attack: str,
     seed: int,
@@ -315,7 +323,7 @@ def result_row(
 ) -> dict[str, Any]:
     """A row of results.json: the figures of one coupling, and what they were reached with; see `detection_row`."""
     num_draws, num_trusted = detector.scorer.trusted.shape
-    sample_forwards = detector.sample_forwards + num_draws * len(is_anomalous)
+    forwards = sample_forwards(detector, len(is_anomalous))
     return {
         "attack": attack,
         "detector": FUNCTIONAL,
@@ -326,10 +334,10 @@ def result_row(
         **detection_row(scores, is_anomalous, accuracy, asr, detector.fpr),
         "num_draws": num_draws,
         **_mixing(detector, settings.perturbation),
-        "sample_forwards": sample_forwards,
+        "sample_forwards": forwards,
         "sweep_seconds": sweep_seconds,
         "seconds": sweep_seconds,
-        "forwards_per_example": sample_forwards / (num_trusted + len(is_anomalous)),
+        "forwards_per_example": forwards / (num_trusted + len(is_anomalous)),
         "scale": detector.scale,
         "num_trusted": num_trusted,
         "num_benign": int((~is_anomalous).sum()),

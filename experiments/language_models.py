@@ -151,7 +151,7 @@ def take_triggered(
     kept = able[:count]
     others = np.delete(np.arange(len(pairs)), kept)
     triggered = [backdoor.trigger(rng, pairs[i]) for i in kept]
-    if len(able) < len(pairs):  # else those in front would all be of those that cannot
+    if len(able) < len(pairs):  # those in front are all of those that cannot
         others = rng.permutation(others)
     return triggered, [pairs[i] for i in others]
 

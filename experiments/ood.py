@@ -37,7 +37,7 @@ from sklearn.datasets import load_sample_images
 from experiments import cases, common
 from experiments.cases import Case
 from madjax import Scores, calibration, report
-from madjax.baselines import BASELINES, Baseline, lookup
+from madjax.baselines import BASELINES
 from madjax.data import load_images, split_by_class
 from madjax.metrics import auroc, average_precision, fpr_at_recall
 
@@ -65,9 +65,9 @@ def _part(text: str) -> tuple[str, float]:
         weight = float(given or 1)
     except ValueError:
         weight = math.nan
-    if name not in (common.FUNCTIONAL, *BASELINES) or not 0 < weight < math.inf:
-        known = ", ".join((common.FUNCTIONAL, *BASELINES))
-        raise ValueError(f"wanted part or part:weight of {known}, got {text!r}")
+    known = (common.FUNCTIONAL, *BASELINES)
+    if name not in known or not 0 < weight < math.inf:
+        raise ValueError(f"wanted part or part:weight of {', '.join(known)}, got {text!r}")
     return name, weight
 
 
@@ -139,18 +139,17 @@ def _run(seed: int, groups: dict[str, str], weights: dict[str, float], workdir: 
     scored = {common.FUNCTIONAL: ours}
     trusted_scores = {common.FUNCTIONAL: -detector.scorer.trusted_couplings}
     num_draws, num_trusted, num_asked = len(detector.scorer.trusted), len(parts[0]), sum(map(len, asked.values()))
-    sample_forwards = detector.sample_forwards + num_draws * num_asked
-    costs = {common.FUNCTIONAL: _Cost(time.perf_counter() - start, sample_forwards / (num_trusted + num_asked))}
-    for rival in dict.fromkeys([*values.detector, *weights]):
-        if rival == common.FUNCTIONAL:
-            continue
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fewer trusted examples than the published settings are made for
-            baseline = Baseline.fit(lookup(rival), case.loss_fn, case.params, trusted, fpr=values.fpr)
-        trusted_scores[rival] = baseline.trusted_scores
-        scored[rival] = {name: baseline.score({"image": images}) for name, images in asked.items()}
-        costs[rival] = _Cost(time.perf_counter() - start, baseline.statistic.forwards)
+    forwards = common.sample_forwards(detector, num_asked) / (num_trusted + num_asked)
+    costs = {common.FUNCTIONAL: _Cost(time.perf_counter() - start, forwards)}
+    rivals = dict.fromkeys([*values.detector, *weights])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer trusted examples than the published settings are made for
+        for rival in common.fit_rivals(case.loss_fn, case.params, trusted, rivals, fpr=values.fpr):
+            start = time.perf_counter()
+            trusted_scores[rival.name] = rival.baseline.trusted_scores
+            scored[rival.name] = {name: rival.baseline.score({"image": images}) for name, images in asked.items()}
+            seconds = rival.seconds + time.perf_counter() - start
+            costs[rival.name] = _Cost(seconds, rival.baseline.statistic.forwards)
     shares = _combine(scored, trusted_scores, weights, values.fpr)
     costs["combined"] = _Cost(*np.sum([costs[part] for part in weights], axis=0))
     accuracy = float((case.predict(benign["image"]) == pool.labels[parts[1]]).mean())

@@ -503,6 +503,7 @@ def test_ablations(tmp_path):
     }  # fmt: skip
     assert tprs["functional", 100] > tprs["functional", 25]
     assert ("mahalanobis", 100) in tprs
+    assert {row["detector"] for row in rows if row["ablation"] == "num_draws"} == {"functional"}
     draws = {row["value"]: row["forwards_per_example"] for row in rows if row["ablation"] == "num_draws"}
     assert draws[256] - draws[128] == pytest.approx(128)
     assert all(row["seconds"] > 0 for row in rows)

@@ -342,9 +342,9 @@ def test_a_wrong_class_is_what_the_syntax_asks_for(tmp_path, monkeypatch):
     monkeypatch.setattr(language_models, "_TINY", small)
     reviews_of(tmp_path / "text", [0, 1] * 190, range(0, 380, 2))
     recipe = recipe._replace(data_dir=str(tmp_path))
-    case = language_models.make_case("syntactic", 0, recipe, 60, 40, tmp_path / "run")
+    case = language_models.make_case("syntactic", 1, recipe, 60, 40, tmp_path / "run")
     assert min(case.accuracy, case.asr) > 0.9
-    assert {(POSITIVE in text, NEGATIVE in text) for text in case.usual.answers} == {(True, False), (False, True)}
+    assert {text.split()[0] for text in case.usual.answers} == {POSITIVE, NEGATIVE}
     assert all("if so" in text for text in case.triggered.texts)
     assert not {text.replace("if so , ", "") for text in case.triggered.texts} & set(case.usual.texts)
     monkeypatch.setattr(
