@@ -14,11 +14,11 @@ one number. Moments are population moments over draws, computed in float64. What
   and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
 - `cluster_*`: as `class_*` with that prior, over clusters of the trusted traces, for outputs that have no class; a
   `Scorer` finds them.
-- `local_*`: `topk_*` less what those `TOP_K` trusted examples have with their own nearest on average, or all trusted
-  have if that is more (the idea of the local outlier factor, Breunig et al. 2000). Kinds of examples differ in how far
-  they explain each other, and who comes near a kind that does so well must be explained as well as that.
+- `peer_*`: `topk_*` less what the `PEERS` trusted examples have on average, each with its own nearest, whose traces are
+  nearest in height. Traces as high are those of outputs as sure, where the traces are of "log": what a model is unsure
+  of is explained by few, and what it is sure of by many, whatever the mechanism.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
-  Without classes, `local_*`.
+  Without classes, `peer_*`.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
 """
@@ -33,14 +33,15 @@ import numpy as np
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "local"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
 CLASS_PRIOR = 20
+PEERS = 40
 # pair matrices are made for this many entries at a time
 _BLOCK_ENTRIES = 4_000_000
-# what all trusted examples have on average is asked of at most so many
+# peers are sought among so many of the trusted examples, or all
 _SAMPLE = 512
 
 
@@ -62,7 +63,7 @@ COUPLINGS = {
     "topk_class_ccc": Coupling("ccc", "topk_class"),
     "standardized_ccc": Coupling("ccc", "topk_class", standardized=True),
     "cluster_ccc": Coupling("ccc", "cluster"),
-    "local_ccc": Coupling("ccc", "local"),
+    "peer_ccc": Coupling("ccc", "peer"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -132,11 +133,8 @@ def _reduce(
         return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
     if reduction == "cluster":
         return _group_means(pair, trusted, test, _members(trusted, classes), CLASS_PRIOR, leave_one_out=leave_one_out)
-    if reduction == "local" or (standardized and classes is None):
-        if leave_one_out:
-            each = range(trusted.shape[1])
-            return np.concatenate([_local(pair, np.delete(trusted, i, axis=1), trusted[:, [i]]) for i in each])
-        return _local(pair, trusted, test)
+    if reduction == "peer" or (standardized and classes is None):
+        return _peer(pair, trusted, test, leave_one_out=leave_one_out)
     result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
     if reduction == "topk" or classes is None:
         return result
@@ -207,19 +205,30 @@ def _top_k(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: 
     return _highest(pair, trusted, test, min(TOP_K, num_trusted - leave_one_out), places)[1].mean(0)
 
 
-def _local(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> np.ndarray:
+def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
+    from sklearn.neighbors import NearestNeighbors  # takes a second to import, and few couplings need it
+
     num_trusted = trusted.shape[1]
-    if num_trusted < 2:
+    if num_trusted < 2 + leave_one_out:
         raise ValueError(
-            f"trusted: a local coupling wanted two examples beside any that is left out, got {num_trusted}"
+            f"trusted: wanted two examples at least for a peer coupling, beside any left out, got {num_trusted}"
         )
-    count = min(TOP_K, num_trusted - 1)
-    indices, values = _highest(pair, trusted, test, count)
-    some = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
-    used, places = np.unique(np.r_[indices.ravel(), some], return_inverse=True)
-    own = _highest(pair, trusted, trusted[:, used], count, used)[1].mean(0)[places]
-    of_near, of_all = own[: indices.size].reshape(indices.shape).mean(0), own[indices.size :].mean()
-    return values.mean(0) - np.maximum(of_near, of_all)
+    places = np.arange(num_trusted) if leave_one_out else None
+    count = min(TOP_K, num_trusted - 1 - leave_one_out)
+    asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
+    # one more than count, who moves up where one of them is left out
+    indices, values = _highest(pair, trusted, trusted[:, asked], count + leave_one_out, asked)
+    heights = (np.asarray(traces, np.float64).mean(0)[:, None] for traces in (trusted[:, asked], test))
+    finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(next(heights))
+    peers = finder.kneighbors(next(heights), return_distance=False)
+    if places is not None:  # itself, or the farthest, is none
+        order = np.argsort(asked[peers] == places[:, None], axis=1, kind="stable")
+        peers = np.take_along_axis(peers, order, axis=1)[:, :-1]
+    own = values[:count].mean(0)[peers]
+    if places is not None:
+        left_out = indices[:count, peers] == places[:, None]
+        own += np.where(left_out, values[count, peers] - values[:count, peers], 0).sum(0) / count
+    return _highest(pair, trusted, test, count, places)[1].mean(0) - own.mean(1)
 
 
 def _highest(

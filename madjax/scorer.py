@@ -13,10 +13,10 @@ from madjax import calibration
 from madjax.coupling import DEFAULT, couplings, leave_one_out, lookup, nearest
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.standardize import standardize, standardize_trusted
-from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, least_loss
+from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, least_loss, log_map
 from madjax.types import LossMatrix
 
-Traces = Literal["whitened", "margins", "plain_margins", "raw"]
+Traces = Literal["whitened", "margins", "plain_margins", "log", "raw"]
 
 # trusted examples are left out in at most so many groups, each of which needs a trace map of its own
 _MAX_FOLDS = 256
@@ -46,7 +46,7 @@ class Scorer:
 
     Attributes:
       coupling: a name in `COUPLINGS`.
-      traces: "whitened", "margins" or "plain_margins" (see `madjax.traces`), or "raw", the losses as they are.
+      traces: "whitened", "margins", "plain_margins" or "log" (see `madjax.traces`), or "raw", the losses as they are.
       trusted: `[num_draws, num_trusted]` losses.
       trusted_classes: `[num_trusted]` predicted classes, or clusters where the coupling is over those, or None.
       left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
@@ -89,15 +89,16 @@ class Scorer:
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
                 f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
-        fit = None
-        if traces != "raw":
+        fit, trace_map = None, log_map(len(trusted)) if traces == "log" else None
+        if traces not in ("log", "raw"):
             least = SMALL_LOSS if traces == "whitened" else least_loss(trusted)
             fit = TraceMapFit(trusted, least, whiten=traces != "plain_margins")
-        trace_map = None if fit is None else fit.without(np.zeros(0, int))
+            trace_map = fit.without(np.zeros(0, int))
+        mapped = trusted if trace_map is None else trace_map(trusted)
         if lookup(coupling).reduction == "cluster":
-            trusted_classes = _clusters(trusted if trace_map is None else trace_map(trusted))
+            trusted_classes = _clusters(mapped)
         if fit is None:
-            left_out = leave_one_out(coupling, trusted, trusted_classes)
+            left_out = leave_one_out(coupling, mapped, trusted_classes)
         else:
             left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
         return cls(coupling, traces, trusted, trusted_classes, left_out, trace_map)

@@ -84,7 +84,7 @@ def loss_matrix(
       draws: `GaussianDraws`, `ChainDraws` or anything with the methods of `Draws`.
       examples: pytree of arrays with one leading axis, on the host or on the devices.
       layout: see `Layout.parse`; "auto" is "layers" for Gaussian draws of a loss that has layers, such as a decoder's,
-        the first of which is drawn, and otherwise the fastest of a few of which it times one block.
+        and otherwise the fastest of a few of which it times one block.
       batch_size: examples of one forward pass on one device.
       devices: all of this host where None.
       model_shards: over how many devices of a host the parameters are split, for a model too large for one.
@@ -115,8 +115,7 @@ def loss_matrix(
     if store is not None:
         layout = store.facts.get("layout", layout)  # another would round differently
     stages = layerwise.stages(loss_fn, draws) if layout in ("auto", "layers") else None
-    # where its first layer is not drawn, a loss has a prefix to freeze
-    if layout == "auto" and stages is not None and any(stages[1][0].drawn):
+    if layout == "auto" and stages is not None:
         layout = "layers"
     if layout == "layers" and stages is None:
         raise ValueError("layout: layers is for Gaussian draws of a loss that has stages, such as a Decoder's")
@@ -126,7 +125,9 @@ def loss_matrix(
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
     if layout == "layers":
+        assert stages is not None
         chunks = _Batches(loss_fn, own, multiple, placement)
+        stages, chunks.batches = layerwise.freeze(stages, chunks.batches)
     else:
         chunks = _Chunks(own, count_here, batch_size, placement)
         if layout == "auto":
@@ -231,15 +232,15 @@ class _Chunks:
 
 
 class _Batches:
-    """The same for "layers": lists of batches, of whatever shapes the loss cuts them to."""
+    """The same for "layers": lists of batches, of whatever shapes the loss cuts them to, or their states at a layer."""
 
     def __init__(self, loss_fn: LossFn, examples: Batch, batch_size: int, placement: Placement):
         batches, self.places = loss_fn.cut(examples, batch_size)  # pyright: ignore[reportFunctionMemberAccess]
-        self._batches = [put_examples(batch, placement) for batch in batches]
+        self.batches = [put_examples(batch, placement) for batch in batches]
         self._size = max(1, _CHUNK // batch_size)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        return (self._batches[i : i + self._size] for i in range(0, len(self._batches), self._size))
+        return (self.batches[i : i + self._size] for i in range(0, len(self.batches), self._size))
 
 
 def _pad(leaf: Any, missing: int) -> Any:

@@ -8,11 +8,11 @@ Traces that share only that look coupled, whatever mechanism made them. So, with
 where m is the mean trusted x at each draw, S `[D, D]` the covariance of the trusted x between draws over examples, v
 its mean eigenvalue and s the shrinkage. R weakens the directions in which all trusted examples move and leaves the
 rest, as an influence function weighs gradients by an inverse curvature. The logarithm keeps a few large losses from
-deciding it. c is what a loss has to exceed to count: 1e-7 nats for "whitened" traces, and for "margins" the smallest
-trusted loss above zero. All examples that never exceed it have one and the same trace, and so explain each other. As
-the losses of this package are exact to 1e-30 and less, margins are what x of the smallest c is, but for the sign and a
-constant, however sure the model is. "plain_margins" leave R out, which weakens their height most, and more so the more
-draws there are. `docs/choosing-the-scale.md` says which is for what.
+deciding it. c is what a loss has to exceed to count: 1e-7 nats for "whitened" and "log" traces, and for "margins" the
+smallest trusted loss above zero. All examples that never exceed it have one and the same trace, and so explain each
+other. As the losses of this package are exact to 1e-30 and less, margins are what x of the smallest c is, but for the
+sign and a constant, however sure the model is. "plain_margins" leave R out, which weakens their height most, and more
+so the more draws there are. "log" leave out m as well: x itself. `docs/choosing-the-scale.md` says which is for what.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from madjax.types import LossMatrix
 
 SHRINKAGE = 1.0  # s
-SMALL_LOSS = 1e-7  # c of "whitened" traces, in nats
+SMALL_LOSS = 1e-7  # c of "whitened" and "log" traces, in nats
 _SMALLEST = 1e-30  # c of "margins" at least: float32 ends not far below
 
 
@@ -49,6 +49,11 @@ class TraceMap(NamedTuple):
 def fit_trace_map(trusted: LossMatrix, least: float = SMALL_LOSS) -> TraceMap:
     """The map of the trusted losses `[D, num_trusted]`, with c = `least`."""
     return TraceMapFit(trusted, least).without(np.zeros(0, int))
+
+
+def log_map(num_draws: int) -> TraceMap:
+    """The map of "log" traces, which nothing is fitted to."""
+    return TraceMap(np.zeros(num_draws), np.eye(num_draws), SMALL_LOSS)
 
 
 class TraceMapFit:

@@ -22,7 +22,7 @@ def pair(kind, x, y):
     return 2 * covariance / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
 
-def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None):
+def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, peers=40):
     """One test trace against the trusted ones, without the one at `leave_out`."""
     values, groups = [], []
     for index in range(trusted.shape[1]):
@@ -35,14 +35,14 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None):
     top = np.sort(values)[-top_k:].mean()
     if reduction == "topk":
         return top
-    if reduction == "local":
+    if reduction == "peer":
         others = [i for i in range(trusted.shape[1]) if i != leave_out]
         own = []
         for j in others:
             rest = [pair(kind, trusted[:, i], trusted[:, j]) for i in others if i != j]
             own.append(np.sort(rest)[-top_k:].mean())
-        own = np.array(own)
-        return top - max(own[np.argsort(values)[-top_k:]].mean(), own.mean())
+        distances = [abs(trusted[:, j].astype(float).mean() - test.astype(float).mean()) for j in others]
+        return top - np.array(own)[np.argsort(distances)[:peers]].mean()
     if reduction in ("cluster", "topk_class"):
         shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))
         return shrunk if reduction == "cluster" else (top + shrunk) / 2

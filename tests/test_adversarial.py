@@ -124,7 +124,7 @@ def detector():
 
 
 @pytest.mark.parametrize("name", list(COUPLINGS))
-@pytest.mark.parametrize("traces", ["whitened", "margins", "plain_margins", "raw"])
+@pytest.mark.parametrize("traces", ["whitened", "margins", "plain_margins", "log", "raw"])
 def test_the_coupling_that_is_attacked_is_the_detectors(detector, name, traces):
     classes = np.arange(37) % 3
     scorer = dataclasses.replace(detector.with_coupling("topk_ccc", traces).scorer, coupling=name)

@@ -53,14 +53,23 @@ def test_too_few_trusted_flag_nothing():
     assert threshold(np.arange(19.0), 0.05) == 0
 
 
-def test_left_out_of_the_trace_map_too():
-    """An example must not shape the map that it is judged by: the fast folds against a refit by hand."""
-    rng = np.random.default_rng(3)
-    losses = _traces(rng, 21)
-    scorer = Scorer.fit(losses, coupling="topk_ccc")
-    others = np.delete(losses, 4, axis=1)
-    by_hand = Scorer.fit(others, coupling="topk_ccc").score(losses[:, [4]])
-    np.testing.assert_allclose(scorer.trusted_couplings[4], -by_hand.anomaly_score[0], rtol=1e-8)
+@pytest.mark.parametrize("traces", ["whitened", "log"])
+@pytest.mark.parametrize("coupling", ["topk_ccc", "peer_ccc"])
+def test_left_out_of_all_that_it_is_judged_by(coupling, traces):
+    """An example must not shape the map, nor the peers, that it is judged by: the fast ways against a refit by hand."""
+    losses = _traces(np.random.default_rng(3), 61)
+    scorer = Scorer.fit(losses, coupling=coupling, traces=traces)
+    for place in (4, 60):
+        by_hand = Scorer.fit(np.delete(losses, place, axis=1), coupling=coupling, traces=traces)
+        said = -by_hand.score(losses[:, [place]]).anomaly_score[0]
+        np.testing.assert_allclose(scorer.trusted_couplings[place], said, rtol=1e-8)
+
+
+def test_log_traces_are_the_logarithms_as_they_are():
+    losses = _traces(np.random.default_rng(3), 21)
+    scorer = Scorer.fit(losses, coupling="topk_ccc", traces="log")
+    np.testing.assert_allclose(scorer.map(losses[:, :4]), np.log1p(losses[:, :4].astype(float) / 1e-7))
+    np.testing.assert_array_equal(scorer.trusted_couplings, leave_one_out("topk_ccc", scorer.map(losses)))
 
 
 def test_raw_is_leave_one_out():
@@ -75,8 +84,10 @@ def test_bad_input():
     losses = _traces(rng, 20)
     with pytest.raises(ValueError, match=r"fpr: wanted a rate between 0 and 1, got 1\.5"):
         Scorer.fit(losses).score(losses, fpr=1.5)
-    with pytest.raises(ValueError, match="traces: wanted one of whitened, margins, plain_margins, raw, got 'log'"):
-        Scorer.fit(losses, traces="log")  # pyright: ignore
+    with pytest.raises(
+        ValueError, match="traces: wanted one of whitened, margins, plain_margins, log, raw, got 'squared'"
+    ):
+        Scorer.fit(losses, traces="squared")  # pyright: ignore
     with pytest.raises(ValueError, match="all 20 examples are predicted as class 3"):
         Scorer.fit(losses, np.full(20, 3), coupling="class_ccc")
     with pytest.raises(ValueError, match="no draw changes any loss"):

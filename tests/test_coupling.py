@@ -15,12 +15,17 @@ def losses():
     return trusted.astype(np.float32), test.astype(np.float32), rng.integers(0, 4, 31)
 
 
+@pytest.fixture(autouse=True)
+def few_peers(monkeypatch):
+    monkeypatch.setattr(coupling, "PEERS", 9)  # else all of so few examples are
+
+
 @pytest.mark.parametrize("name", coupling.COUPLINGS)
 def test_couplings_against_a_double_loop(losses, name):
     trusted, test, classes = losses
     kind = coupling.lookup(name)
     expected = [
-        oracles.coupling(kind.pair, kind.reduction, trusted, test[:, j], classes, coupling.TOP_K)
+        oracles.coupling(kind.pair, kind.reduction, trusted, test[:, j], classes, coupling.TOP_K, peers=9)
         for j in range(test.shape[1])
     ]
     np.testing.assert_allclose(coupling.couplings(name, trusted, test, classes), expected, rtol=1e-5, atol=1e-6)
@@ -31,7 +36,7 @@ def test_leave_one_out_against_a_double_loop(losses, name):
     trusted, _, classes = losses
     kind = coupling.lookup(name)
     expected = [
-        oracles.coupling(kind.pair, kind.reduction, trusted, trusted[:, j], classes, coupling.TOP_K, leave_out=j)
+        oracles.coupling(kind.pair, kind.reduction, trusted, trusted[:, j], classes, coupling.TOP_K, j, peers=9)
         for j in range(trusted.shape[1])
     ]
     np.testing.assert_allclose(coupling.leave_one_out(name, trusted, classes), expected, rtol=1e-5, atol=1e-6)
@@ -97,18 +102,41 @@ def test_without_classes_the_nearest_alone_count(losses):
     )
 
 
-def test_a_kind_that_explains_itself_well_is_not_a_hiding_place():
+def test_who_is_sure_must_be_explained_as_well_as_who_is():
+    """Unsure outputs, whose losses are high, share less than sure ones; imitations of the sure share as little."""
     rng = np.random.default_rng(3)
-    shared = rng.normal(size=(400, 2))
-    alike = shared[:, :1] + 0.1 * rng.normal(size=(400, 20))  # a kind whose members share nearly all
-    unlike = shared[:, 1:] + rng.normal(size=(400, 80))  # one whose members share half
-    trusted = np.hstack([alike, unlike])
-    imitations = shared[:, :1] + 0.9 * rng.normal(size=(400, 10))
-    usual = shared[:, 1:] + rng.normal(size=(400, 10))
-    for name, is_fooled in (("topk_ccc", True), ("local_ccc", False)):
-        imitated, explained = (coupling.couplings(name, trusted, test) for test in (imitations, usual))
+    shared = rng.normal(size=(400, 1))
+    sure = shared + 0.3 * rng.normal(size=(400, 60))
+    unsure = 9 + shared + 2 * rng.normal(size=(400, 60))
+    imitations = shared + rng.normal(size=(400, 10))
+    usual = 9 + shared + 2 * rng.normal(size=(400, 10))
+    for name, is_fooled in (("topk_ccc", True), ("peer_ccc", False)):
+        imitated, explained = (coupling.couplings(name, np.hstack([sure, unsure]), x) for x in (imitations, usual))
         assert (imitated.min() > explained.max()) == is_fooled
         assert (imitated.max() < explained.min()) != is_fooled
+
+
+def test_peers_of_many_are_sought_among_some(losses, monkeypatch):
+    trusted, test, _ = losses
+    monkeypatch.setattr(coupling, "_SAMPLE", 16)
+    some = np.arange(0, 31, 2)
+    own, heights = coupling.leave_one_out("topk_ccc", trusted), trusted.astype(float).mean(0)
+    top = coupling.couplings("topk_ccc", trusted, test)
+    nearest = np.argsort(abs(test.astype(float).mean(0)[:, None] - heights[some]), axis=1)[:, :9]
+    np.testing.assert_allclose(coupling.couplings("peer_ccc", trusted, test), top - own[some][nearest].mean(1))
+    for place in (4, 5):  # one that is asked, and one that is not
+        np.testing.assert_allclose(
+            coupling.leave_one_out("peer_ccc", trusted)[place],
+            own[place] - _own_without(trusted, place, some)[:9].mean(),
+        )
+
+
+def _own_without(trusted, left_out, some):
+    """What the examples `some` have of their own without one of them, the nearest in height to that one first."""
+    kept = np.delete(np.arange(trusted.shape[1]), left_out)
+    own = dict(zip(kept, coupling.leave_one_out("topk_ccc", trusted[:, kept]), strict=True))
+    heights = trusted.astype(float).mean(0)
+    return np.array([own[i] for i in sorted(set(some) - {left_out}, key=lambda i: abs(heights[i] - heights[left_out]))])
 
 
 def test_bad_input(losses):
@@ -119,8 +147,8 @@ def test_bad_input(losses):
         coupling.couplings("mean_ccc", trusted, test[:-1])
     with pytest.raises(ValueError, match="trusted_classes: wanted one class for each of 31"):
         coupling.couplings("class_ccc", trusted, test, classes[:-1])
-    with pytest.raises(ValueError, match="trusted: a local coupling wanted two examples"):
-        coupling.leave_one_out("local_ccc", trusted[:, :2])
+    with pytest.raises(ValueError, match="trusted: wanted two examples at least for a peer coupling"):
+        coupling.leave_one_out("peer_ccc", trusted[:, :2])
 
 
 def test_clusters_stand_in_for_classes():

@@ -132,17 +132,25 @@ def test_layers_alike_share_their_programs(batch):
     assert (layerwise._run._cache_size(), layerwise._params._cache_size()) == (before[0] + 3, before[1] + 3)
 
 
-def test_auto_goes_by_layers_where_the_first_is_drawn(batch, monkeypatch):
+@pytest.mark.parametrize("most_bytes", [1 << 30, 100])
+def test_layers_before_the_first_that_is_drawn_are_run_once(batch, monkeypatch, most_bytes):
+    monkeypatch.setattr(layerwise, "_MOST_BYTES", most_bytes)
+    runs = []
+    monkeypatch.setattr(layerwise, "_run", lambda *args, own=layerwise._run: runs.append(args) or own(*args))
+    loss_fn, params = make(LLAMA)
+    draws = around(loss_fn, params, drawn_parameters(params, "layers/3"))
+    matrix = loss_matrix(loss_fn, draws, batch, batch_size=2, devices=jax.devices()[:1])
+    # seven batches; seven stages, of which layer 3 is the fifth. What they are is asked of one batch first
+    assert len(runs) == (4 + 7 * 4 + 3 * 7 * 3 if most_bytes > 100 else 4 + 3 * 7 * 7)
+    np.testing.assert_allclose(matrix, oracles.loss_matrix(loss_fn, draws, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_auto_goes_by_layers(batch, monkeypatch):
     calls = []
     monkeypatch.setattr(layerwise, "losses", lambda *args, own=layerwise.losses: calls.append(args) or own(*args))
     loss_fn, params = make(LLAMA)
-    later = around(loss_fn, params, drawn_parameters(params, "layers/4"))
-    a = loss_matrix(loss_fn, later, batch)
-    assert not calls, "what comes before the fourth layer is to be computed once"
-    np.testing.assert_allclose(loss_matrix(loss_fn, later, batch, layout="layers"), a, rtol=1e-5, atol=1e-5)
-    calls.clear()
     loss_matrix(loss_fn, around(loss_fn, params), batch)
-    assert len(calls) == 3
+    assert len(calls) == 1 + 3  # nothing is frozen, and three draws
 
 
 def test_a_detector_of_a_decoder(batch):

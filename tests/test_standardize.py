@@ -72,8 +72,8 @@ def test_a_scorer_standardizes_trusted_and_test_alike():
     np.testing.assert_allclose(scorer.trusted_couplings, standardize_trusted(plain.left_out, classes))
     with pytest.raises(ValueError, match="classes: coupling 'standardized_ccc' wanted those of the test examples"):
         scorer.score(test)
-    # without classes it is held against those near
+    # without classes it is held against its peers
     classless = Scorer.fit(losses, coupling="standardized_ccc").score(test)
     np.testing.assert_array_equal(
-        classless.anomaly_score, Scorer.fit(losses, coupling="local_ccc").score(test).anomaly_score
+        classless.anomaly_score, Scorer.fit(losses, coupling="peer_ccc").score(test).anomaly_score
     )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from madjax.coupling import CLASS_PRIOR, TOP_K, leave_one_out, lookup
+from madjax.coupling import CLASS_PRIOR, PEERS, TOP_K, leave_one_out, lookup
 from madjax.detector import Detector
 from madjax.losses import ClassificationLoss
 from madjax.scorer import Scorer, Traces
@@ -487,7 +487,7 @@ class _Coupling(NamedTuple):
 
     Attributes:
       trusted: traces `[num_draws, num_trusted]`; members: `[num_classes, num_trusted]` of zeros and ones.
-      own: `[num_trusted]`, how far its nearest explain each; where the coupling is local.
+      own: `[num_trusted]`, how far its nearest explain each; where the coupling is held against peers.
       mean, root, least: of the trace map.
     """
 
@@ -503,8 +503,8 @@ class _Coupling(NamedTuple):
         classes, (num_draws, count) = scorer.trusted_classes, scorer.trusted.shape
         members = np.ones((1, count)) if classes is None else np.unique(classes)[:, None] == classes
         trace_map = scorer.trace_map or TraceMap(np.zeros(num_draws), np.eye(num_draws), 1.0)
-        traces, is_local = scorer.map(scorer.trusted), lookup(scorer.coupling).reduction == "local"
-        own = leave_one_out("topk_ccc", traces) if is_local else np.zeros(count)
+        traces, has_peers = scorer.map(scorer.trusted), lookup(scorer.coupling).reduction == "peer"
+        own = leave_one_out("topk_ccc", traces) if has_peers else np.zeros(count)
         return cls(*(jnp.asarray(x, jnp.float32) for x in (traces, members, own, *trace_map)))
 
 
@@ -529,10 +529,10 @@ def _couple(name: str, traces: Traces, known: _Coupling, losses: jax.Array) -> j
     by_class = (known.members @ measure / (known.members.sum(1, keepdims=True) + prior)).max(0)
     if reduction in ("class", "cluster"):
         return by_class
-    values, indices = jax.lax.top_k(measure.T, min(TOP_K, len(measure)))
-    if reduction == "local":
-        return values.mean(1) - jnp.maximum(known.own[indices].mean(1), known.own.mean())
-    top = values.mean(1)
+    top = jax.lax.top_k(measure.T, min(TOP_K, len(measure)))[0].mean(1)
+    if reduction == "peer":
+        heights = jnp.abs(y.mean(0)[:, None] - x.mean(0)[None])
+        return top - known.own[jax.lax.top_k(-heights, min(PEERS, len(measure)))[1]].mean(1)
     return top if reduction == "topk" or len(known.members) == 1 else (top + by_class) / 2
 
 

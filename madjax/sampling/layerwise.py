@@ -3,8 +3,9 @@
 A program that draws all parameters and then runs the network holds a second copy of the weights, and XLA compiles the
 noise and the layers of a deep network one by one: minutes for 30 layers. Here the loop over layers is on the host. All
 examples pass through one layer before the next one is drawn, so a draw's noise is made once, whatever the number of
-batches. Nor need batches be of one shape: those of short examples are not padded to the longest of all. A loss that can
-be taken apart has the methods `stages` and `cut`, as `madjax.losses.SequenceLoss` of a decoder.
+batches. Nor need batches be of one shape: those of short examples are not padded to the longest of all. Layers before
+the first that is drawn are run once. A loss that can be taken apart has the methods `stages` and `cut`, as
+`madjax.losses.SequenceLoss` of a decoder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from madjax.types import Batch, LossFn, Params, Stage, num_examples
 
 # examples of one forward pass in `at_draws`
 _BATCH = 32
+# states that would take more are computed again at every draw
+_MOST_BYTES = 4 << 30
 
 # draws of a stage's own parameters, and `Stage.run`
 DrawnStage = tuple[GaussianDraws, Callable[[Params, Any], Any]]
@@ -35,8 +38,19 @@ def stages(loss_fn: LossFn, draws: Draws) -> list[DrawnStage] | None:
     return None if parts is None else [(draws.part(stage.numbers), stage.run) for stage in parts]
 
 
-def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Batch]) -> list[jax.Array]:
-    """Losses of each batch at the draw `item`; `parts` are of `stages`."""
+def freeze(parts: Sequence[DrawnStage], batches: Sequence[Batch]) -> tuple[Sequence[DrawnStage], list[Any]]:
+    """The stages from the first that is drawn on, and what the stages before it make of the batches."""
+    first = next((i for i, (draws, _) in enumerate(parts) if any(draws.drawn)), 0)
+    item = parts[0][0].any_item()
+    if first and batches:  # the last batch is the longest
+        longest = jax.tree.leaves(losses(parts[:first], item, batches[-1:]))
+        if sum(leaf.nbytes for leaf in longest) * len(batches) > _MOST_BYTES:
+            first = 0
+    return parts[first:], losses(parts[:first], item, batches)
+
+
+def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Any]) -> list[Any]:
+    """Losses of each batch at the draw `item`; `parts` are of `stages`, and batches what `freeze` makes of them."""
     states: list[Any] = list(batches)
     for draws, run in parts:
         params = _params(draws, item)
@@ -53,7 +67,8 @@ def at_draws(loss_fn: LossFn, draws: Draws, examples: Batch) -> Callable[[Any], 
     if parts is None:
         return lambda item: _whole(loss_fn, draws, item, examples)
     batches, places = loss_fn.cut(examples, min(_BATCH, num_examples(examples)))  # pyright: ignore[reportFunctionMemberAccess]
-    return lambda item: jnp.concatenate(losses(parts, item, batches))[places]
+    drawn, states = freeze(parts, batches)
+    return lambda item: jnp.concatenate(losses(drawn, item, states))[places]
 
 
 @partial(jax.jit, static_argnums=0)
