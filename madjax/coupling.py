@@ -14,9 +14,11 @@ one number. Moments are population moments over draws, computed in float64. What
   and that of a class of two, whose chance would often be the maximum, counts little. Without classes, `topk_*`.
 - `cluster_*`: as `class_*` with that prior, over clusters of the trusted traces, for outputs that have no class; a
   `Scorer` finds them.
-- `peer_*`: `topk_*` less what the `PEERS` trusted examples have on average, each with its own nearest, whose traces are
-  nearest in height. Traces as high are those of outputs as sure, where the traces are of "log": what a model is unsure
-  of is explained by few, and what it is sure of by many, whatever the mechanism.
+- `peer_*`: the square root of `topk_*` less that of what the `PEERS` trusted examples have on average, each with its
+  own nearest, whose traces are nearest in height. Traces as high are those of outputs as sure, where the traces are of
+  "log": what a model is unsure of is explained by few, and what it is sure of by many, whatever the mechanism. Roots
+  are between a difference, in which a usual example that is odd among well explained ones is as far out as one that
+  nothing explains, and a quotient.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
   Without classes, `peer_*`.
 
@@ -228,7 +230,11 @@ def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: b
     if places is not None:
         left_out = indices[:count, peers] == places[:, None]
         own += np.where(left_out, values[count, peers] - values[:count, peers], 0).sum(0) / count
-    return _highest(pair, trusted, test, count, places)[1].mean(0) - own.mean(1)
+    return _root(_highest(pair, trusted, test, count, places)[1].mean(0)) - _root(own.mean(1))
+
+
+def _root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
 
 
 def _highest(

@@ -42,7 +42,8 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, pee
             rest = [pair(kind, trusted[:, i], trusted[:, j]) for i in others if i != j]
             own.append(np.sort(rest)[-top_k:].mean())
         distances = [abs(trusted[:, j].astype(float).mean() - test.astype(float).mean()) for j in others]
-        return top - np.array(own)[np.argsort(distances)[:peers]].mean()
+        of_peers = np.array(own)[np.argsort(distances)[:peers]].mean()
+        return np.sign(top) * abs(top) ** 0.5 - np.sign(of_peers) * abs(of_peers) ** 0.5
     if reduction in ("cluster", "topk_class"):
         shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))
         return shrunk if reduction == "cluster" else (top + shrunk) / 2

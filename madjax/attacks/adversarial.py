@@ -532,8 +532,13 @@ def _couple(name: str, traces: Traces, known: _Coupling, losses: jax.Array) -> j
     top = jax.lax.top_k(measure.T, min(TOP_K, len(measure)))[0].mean(1)
     if reduction == "peer":
         heights = jnp.abs(y.mean(0)[:, None] - x.mean(0)[None])
-        return top - known.own[jax.lax.top_k(-heights, min(PEERS, len(measure)))[1]].mean(1)
+        of_peers = known.own[jax.lax.top_k(-heights, min(PEERS, len(measure)))[1]].mean(1)
+        return _root(top) - _root(of_peers)
     return top if reduction == "topk" or len(known.members) == 1 else (top + by_class) / 2
+
+
+def _root(values: jax.Array) -> jax.Array:
+    return jnp.sign(values) * jnp.sqrt(jnp.maximum(jnp.abs(values), 1e-12))  # whose gradient at zero is finite
 
 
 @partial(jax.jit, static_argnums=(0, 1))
