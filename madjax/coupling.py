@@ -220,9 +220,9 @@ def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: b
     asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
     # one more than count, who moves up where one of them is left out
     indices, values = _highest(pair, trusted, trusted[:, asked], count + leave_one_out, asked)
-    heights = (np.asarray(traces, np.float64).mean(0)[:, None] for traces in (trusted[:, asked], test))
-    finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(next(heights))
-    peers = finder.kneighbors(next(heights), return_distance=False)
+    known, heights = (np.asarray(traces, np.float64).mean(0)[:, None] for traces in (trusted[:, asked], test))
+    finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(known)
+    peers = finder.kneighbors(heights, return_distance=False)
     if places is not None:  # itself, or the farthest, is none
         order = np.argsort(asked[peers] == places[:, None], axis=1, kind="stable")
         peers = np.take_along_axis(peers, order, axis=1)[:, :-1]
