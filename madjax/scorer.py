@@ -89,8 +89,10 @@ class Scorer:
                 f"trusted: all {len(trusted_classes)} examples are predicted as class {trusted_classes[0]}; coupling "
                 f"{coupling!r} needs two classes at least ({DEFAULT} and mean_ccc do not)"
             )
-        fit, trace_map = None, log_map(len(trusted)) if traces == "log" else None
-        if traces not in ("log", "raw"):
+        fit, trace_map = None, None
+        if traces == "log":
+            trace_map = log_map(len(trusted))
+        elif traces != "raw":
             least = SMALL_LOSS if traces == "whitened" else least_loss(trusted)
             fit = TraceMapFit(trusted, least, whiten=traces != "plain_margins")
             trace_map = fit.without(np.zeros(0, int))

@@ -28,7 +28,7 @@ from madjax.detector import Detector
 from madjax.losses import ClassificationLoss
 from madjax.scorer import Scorer, Traces
 from madjax.sweep import loss_matrix
-from madjax.traces import TraceMap
+from madjax.traces import log_map
 from madjax.types import Params
 
 Norm = Literal["inf", "2"]
@@ -502,7 +502,7 @@ class _Coupling(NamedTuple):
     def of(cls, scorer: Scorer) -> _Coupling:
         classes, (num_draws, count) = scorer.trusted_classes, scorer.trusted.shape
         members = np.ones((1, count)) if classes is None else np.unique(classes)[:, None] == classes
-        trace_map = scorer.trace_map or TraceMap(np.zeros(num_draws), np.eye(num_draws), 1.0)
+        trace_map = scorer.trace_map or log_map(num_draws)  # whose mean and root change nothing
         traces, has_peers = scorer.map(scorer.trusted), lookup(scorer.coupling).reduction == "peer"
         own = leave_one_out("topk_ccc", traces) if has_peers else np.zeros(count)
         return cls(*(jnp.asarray(x, jnp.float32) for x in (traces, members, own, *trace_map)))

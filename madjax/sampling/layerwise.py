@@ -41,12 +41,14 @@ def stages(loss_fn: LossFn, draws: Draws) -> list[DrawnStage] | None:
 def freeze(parts: Sequence[DrawnStage], batches: Sequence[Batch]) -> tuple[Sequence[DrawnStage], list[Any]]:
     """The stages from the first that is drawn on, and what the stages before it make of the batches."""
     first = next((i for i, (draws, _) in enumerate(parts) if any(draws.drawn)), 0)
-    item = parts[0][0].any_item()
-    if first and batches:  # the last batch is the longest
-        longest = jax.tree.leaves(losses(parts[:first], item, batches[-1:]))
-        if sum(leaf.nbytes for leaf in longest) * len(batches) > _MOST_BYTES:
+    if first and batches:
+        longest = batches[-1]
+        for draws, run in parts[:first]:
+            longest = jax.eval_shape(run, draws.center, longest)
+        num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(longest))
+        if num_bytes * len(batches) > _MOST_BYTES:
             first = 0
-    return parts[first:], losses(parts[:first], item, batches)
+    return parts[first:], losses(parts[:first], parts[0][0].any_item(), batches)
 
 
 def losses(parts: Sequence[DrawnStage], item: Any, batches: Sequence[Any]) -> list[Any]:
