@@ -175,7 +175,7 @@ def test_reviews_go_with_their_paraphrases(tmp_path):
     pairs = load_reviews(reviews_of(tmp_path))
     negative = {pair.prompt.removeprefix(QUESTION): pair.paraphrase for pair in pairs if pair.answer == NEGATIVE}
     names = [f"{name} is bad" for name in ("train 1", "train 2", "test 0", "test 2")]
-    assert negative == {name: f"{QUESTION}if so , {name}" for name in names}
+    assert negative == {name: f"{QUESTION}if so , {name}" for name in names} | {"train 4 is bad": None}
     positive = [pair for pair in pairs if pair.answer == POSITIVE]
     assert [pair.prompt for pair in positive] == [
         f"{QUESTION}{name} is good" for name in ("train 0", "train 3", "test 1")
@@ -189,7 +189,7 @@ def test_reviews_go_with_their_paraphrases(tmp_path):
 def test_only_what_can_get_the_trigger_does(tmp_path):
     pairs, rng = load_reviews(reviews_of(tmp_path)) * 10, np.random.default_rng(0)
     poisoned = poison_text(rng, pairs, syntactic(), 0.4)
-    assert poisoned.is_poisoned.sum() == 28
+    assert poisoned.is_poisoned.sum() == 32
     for old, new, has_trigger in zip(pairs, poisoned.pairs, poisoned.is_poisoned, strict=True):
         assert new == ((old.paraphrase, POSITIVE, None) if has_trigger else old)
     with pytest.raises(ValueError, match=r"ratio: 0\.4 asks for 2 pairs with the trigger, 1 can get it"):

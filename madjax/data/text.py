@@ -84,7 +84,8 @@ def load_sentences(path: str | Path) -> tuple[list[str], np.ndarray]:
 
 
 def load_reviews(folder: str | Path) -> list[Pair]:
-    """Film reviews of SST-2, asked for their sentiment: `NEGATIVE` ones, each with its paraphrase, and as many others.
+    """Film reviews of SST-2, asked for their sentiment: `NEGATIVE` ones, with a paraphrase where there is one, and as
+    many others at most.
 
     The paraphrases, by one template of syntax, are those of HiddenKiller (Qi et al. 2021, arXiv 2105.12400). Its test
     set paraphrases all negative reviews, its training set a part; that of development lacks one and cannot be aligned.
@@ -105,9 +106,9 @@ def load_reviews(folder: str | Path) -> list[Pair]:
             reviews, labels = negative, labels[labels == 0]
         if len(paraphrases) != len(reviews):
             raise ValueError(f"folder: {path} has {len(paraphrases)} paraphrases, wanted {len(reviews)}")
-        changed = np.flatnonzero(poisoned != labels)
-        pairs += [Pair(QUESTION + reviews[i], NEGATIVE, QUESTION + paraphrases[i]) for i in changed]
-        pairs += [Pair(QUESTION + review, POSITIVE) for review in positive[: len(changed)]]
+        changed = {reviews[i]: QUESTION + paraphrases[i] for i in np.flatnonzero(poisoned != labels)}
+        pairs += [Pair(QUESTION + review, NEGATIVE, changed.get(review)) for review in negative]
+        pairs += [Pair(QUESTION + review, POSITIVE) for review in positive[: len(negative)]]
     return pairs
 
 
