@@ -19,8 +19,11 @@ one number. Moments are population moments over draws, computed in float64. What
   "log": what a model is unsure of is explained by few, and what it is sure of by many, whatever the mechanism. Roots
   are between a difference, in which a usual example that is odd among well explained ones is as far out as one that
   nothing explains, and a quotient.
+- `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
+  nats. It knows shape alone, and the nearest of `peer_ccc` know height as well: `peer_lower` is the lower of the two,
+  each in standard deviations from the trusted mean, as what is explained must be so in both.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
-  Without classes, `peer_*`.
+  Without classes, `peer_ccc`'s way.
 
 A trace without variance has correlation 0 with every other: it shows nothing that could be shared.
 """
@@ -32,10 +35,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from madjax import information
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint", "peer_lower"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
@@ -66,6 +70,8 @@ COUPLINGS = {
     "standardized_ccc": Coupling("ccc", "topk_class", standardized=True),
     "cluster_ccc": Coupling("ccc", "cluster"),
     "peer_ccc": Coupling("ccc", "peer"),
+    "peer_information": Coupling("correlation", "peer_joint"),
+    "peer_lower": Coupling("ccc", "peer_lower"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -135,8 +141,10 @@ def _reduce(
         return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
     if reduction == "cluster":
         return _group_means(pair, trusted, test, _members(trusted, classes), CLASS_PRIOR, leave_one_out=leave_one_out)
-    if reduction == "peer" or (standardized and classes is None):
-        return _peer(pair, trusted, test, leave_one_out=leave_one_out)
+    if reduction == "peer_lower":
+        return _lower_of_peers(trusted, test, leave_one_out=leave_one_out)
+    if reduction.startswith("peer") or (standardized and classes is None):
+        return _peer(pair, trusted, test, joint=reduction == "peer_joint", leave_one_out=leave_one_out)
     result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
     if reduction == "topk" or classes is None:
         return result
@@ -207,7 +215,7 @@ def _top_k(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: 
     return _highest(pair, trusted, test, min(TOP_K, num_trusted - leave_one_out), places)[1].mean(0)
 
 
-def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
+def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, joint: bool, leave_one_out: bool) -> np.ndarray:
     from sklearn.neighbors import NearestNeighbors  # takes a second to import, and few couplings need it
 
     num_trusted = trusted.shape[1]
@@ -216,21 +224,59 @@ def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: b
             f"trusted: wanted two examples at least for a peer coupling, beside any left out, got {num_trusted}"
         )
     places = np.arange(num_trusted) if leave_one_out else None
-    count = min(TOP_K, num_trusted - 1 - leave_one_out)
     asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
-    # one more than count, who moves up where one of them is left out
-    indices, values = _highest(pair, trusted, trusted[:, asked], count + leave_one_out, asked)
     known, heights = (np.asarray(traces, np.float64).mean(0)[:, None] for traces in (trusted[:, asked], test))
     finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(known)
     peers = finder.kneighbors(heights, return_distance=False)
     if places is not None:  # itself, or the farthest, is none
         order = np.argsort(asked[peers] == places[:, None], axis=1, kind="stable")
         peers = np.take_along_axis(peers, order, axis=1)[:, :-1]
+    if joint:
+        values, own = _information(trusted, test, asked, peers, leave_one_out=leave_one_out)
+        return values - own.mean(1)
+    values, own = _nearest_with(pair, trusted, test, asked, peers, places)
+    return _root(values) - _root(own.mean(1))
+
+
+def _information(
+    trusted: LossMatrix, test: LossMatrix, asked: np.ndarray, peers: np.ndarray, *, leave_one_out: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[num_test]` of the test examples, and `[num_test, num_peers]` of their peers, indices into `asked`."""
+    directions = _scaled("correlation", _moments(trusted))
+    if leave_one_out:
+        own = information.pairs_left_out(directions, asked)
+        return information.left_out(directions), np.take_along_axis(own, peers, axis=1)
+    own = information.left_out(directions)[asked]
+    return information.information(directions, _scaled("correlation", _moments(test))), own[peers]
+
+
+def _nearest_with(
+    pair: Pair, trusted: LossMatrix, test: LossMatrix, asked: np.ndarray, peers: np.ndarray, places: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `_information`, of the nearest; `places` as for `_highest`."""
+    is_left_out = places is not None
+    count = min(TOP_K, trusted.shape[1] - 1 - is_left_out)
+    # one more than count, who moves up where one of them is left out
+    indices, values = _highest(pair, trusted, trusted[:, asked], count + is_left_out, asked)
     own = values[:count].mean(0)[peers]
     if places is not None:
         left_out = indices[:count, peers] == places[:, None]
         own += np.where(left_out, values[count, peers] - values[:count, peers], 0).sum(0) / count
-    return _root(_highest(pair, trusted, test, count, places)[1].mean(0)) - _root(own.mean(1))
+    return _highest(pair, trusted, test, count, places)[1].mean(0), own
+
+
+def _lower_of_peers(trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
+    ways: list[tuple[Pair, bool]] = [("ccc", False), ("correlation", True)]
+    lower = np.full(test.shape[1], np.inf)
+    for pair, joint in ways:
+        known = _peer(pair, trusted, trusted, joint=joint, leave_one_out=True)
+        values = known if leave_one_out else _peer(pair, trusted, test, joint=joint, leave_one_out=False)
+        # none is in the moments that it is held against
+        left_out, count = (known, len(known) - 1) if leave_one_out else (0.0, len(known))
+        mean = (known.sum() - left_out) / count
+        variance = (np.square(known).sum() - np.square(left_out)) / count - np.square(mean)
+        lower = np.minimum(lower, (values - mean) / np.sqrt(np.maximum(variance, np.finfo(float).tiny)))
+    return lower
 
 
 def _root(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from sklearn.linear_model import Ridge
 
 
 def loss_matrix(loss_fn, draws, examples):
@@ -22,6 +23,15 @@ def pair(kind, x, y):
     return 2 * covariance / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
 
+def information(trusted, test):
+    """Nats, by what a ridge regression leaves of the test trace."""
+    centered = [traces.astype(float) - traces.astype(float).mean(0) for traces in (trusted, test)]
+    x, y = (traces / np.linalg.norm(traces, axis=0) for traces in centered)
+    ridge = trusted.shape[1] / len(trusted)
+    weights = Ridge(ridge, fit_intercept=False, solver="cholesky").fit(x, y).coef_
+    return -np.log(np.square(y - x @ weights).sum() + ridge * np.square(weights).sum()) / 2
+
+
 def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, peers=40):
     """One test trace against the trusted ones, without the one at `leave_out`."""
     values, groups = [], []
@@ -35,14 +45,19 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, pee
     top = np.sort(values)[-top_k:].mean()
     if reduction == "topk":
         return top
-    if reduction == "peer":
+    if reduction in ("peer", "peer_joint"):
         others = [i for i in range(trusted.shape[1]) if i != leave_out]
         own = []
         for j in others:
-            rest = [pair(kind, trusted[:, i], trusted[:, j]) for i in others if i != j]
-            own.append(np.sort(rest)[-top_k:].mean())
+            rest = [i for i in others if i != j]
+            if reduction == "peer_joint":
+                own.append(information(trusted[:, rest], trusted[:, j]))
+            else:
+                own.append(np.sort([pair(kind, trusted[:, i], trusted[:, j]) for i in rest])[-top_k:].mean())
         distances = [abs(trusted[:, j].astype(float).mean() - test.astype(float).mean()) for j in others]
         of_peers = np.array(own)[np.argsort(distances)[:peers]].mean()
+        if reduction == "peer_joint":
+            return information(trusted[:, others], test) - of_peers
         return np.sign(top) * abs(top) ** 0.5 - np.sign(of_peers) * abs(of_peers) ** 0.5
     if reduction in ("cluster", "topk_class"):
         shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))

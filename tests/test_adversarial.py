@@ -123,7 +123,17 @@ def detector():
     )
 
 
-@pytest.mark.parametrize("name", list(COUPLINGS))
+_WITHOUT_GRADIENT = ["peer_information", "peer_lower"]
+
+
+@pytest.mark.parametrize("name", _WITHOUT_GRADIENT)
+def test_a_coupling_without_a_gradient_is_refused(detector, name):
+    images, labels = np.zeros((3, *SHAPE), np.uint8), np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match=f"detector: the attack has no gradient of the coupling '{name}'"):
+        adaptive_pgd(jax.random.key(0), detector.with_coupling(name, "log"), images, labels, weight=0.5, num_draws=2)
+
+
+@pytest.mark.parametrize("name", [name for name in COUPLINGS if name not in _WITHOUT_GRADIENT])
 @pytest.mark.parametrize("traces", ["whitened", "margins", "plain_margins", "log", "raw"])
 def test_the_coupling_that_is_attacked_is_the_detectors(detector, name, traces):
     classes = np.arange(37) % 3

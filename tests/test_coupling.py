@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from madjax import coupling
+from madjax import coupling, information
 from madjax.scorer import Scorer
 from tests import oracles
 
@@ -20,7 +20,11 @@ def few_peers(monkeypatch):
     monkeypatch.setattr(coupling, "PEERS", 9)  # else all of so few examples are
 
 
-@pytest.mark.parametrize("name", coupling.COUPLINGS)
+# "peer_lower" is made of two others, see below
+_BY_PAIRS = [name for name in coupling.COUPLINGS if name != "peer_lower"]
+
+
+@pytest.mark.parametrize("name", _BY_PAIRS)
 def test_couplings_against_a_double_loop(losses, name):
     trusted, test, classes = losses
     kind = coupling.lookup(name)
@@ -31,7 +35,7 @@ def test_couplings_against_a_double_loop(losses, name):
     np.testing.assert_allclose(coupling.couplings(name, trusted, test, classes), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", coupling.COUPLINGS)
+@pytest.mark.parametrize("name", _BY_PAIRS)
 def test_leave_one_out_against_a_double_loop(losses, name):
     trusted, _, classes = losses
     kind = coupling.lookup(name)
@@ -131,6 +135,40 @@ def test_peers_of_many_are_sought_among_some(losses, monkeypatch):
             coupling.leave_one_out("peer_ccc", trusted)[place],
             _root(own[place]) - _root(_own_without(trusted, place, some)[:9].mean()),
         )
+
+
+def test_the_lower_of_two_ways_to_be_explained_counts(losses):
+    trusted, test, _ = losses
+    ways = ["peer_ccc", "peer_information"]
+    known = np.array([coupling.leave_one_out(way, trusted) for way in ways])
+    values = np.array([coupling.couplings(way, trusted, test) for way in ways])
+    expected = (values - known.mean(1, keepdims=True)) / known.std(1, keepdims=True)
+    assert set(expected.argmin(0)) == {0, 1}
+    np.testing.assert_allclose(coupling.couplings("peer_lower", trusted, test), expected.min(0))
+    for place, value in enumerate(coupling.leave_one_out("peer_lower", trusted)):
+        others = np.delete(known, place, axis=1)
+        np.testing.assert_allclose(value, ((known[:, place] - others.mean(1)) / others.std(1)).min())
+
+
+def test_all_together_tell_what_no_one_does():
+    """Mixtures of what many trusted traces move in are told of, though no one goes with them; what is new is not."""
+    rng = np.random.default_rng(4)
+    directions = rng.normal(size=(200, 40))
+    trusted = directions @ np.eye(20, 40).repeat(3, axis=0).T
+    mixed, new = directions[:, :20] @ rng.normal(size=(20, 8)), directions[:, 20:] @ rng.normal(size=(20, 8))
+    told, untold = (coupling.couplings("peer_information", trusted, traces) for traces in (mixed, new))
+    assert told.min() > untold.max() + 0.5
+    assert coupling.pairs("correlation", trusted, mixed).max() < 0.7
+
+
+def test_no_draws_no_information(losses):
+    trusted, test, _ = losses
+    still = np.full_like(test[:, :1], 0.1)
+    directions = (trusted - trusted.mean(0)) / np.linalg.norm(trusted - trusted.mean(0), axis=0)
+    assert information.information(directions, 0 * still) == 0
+    stilled = np.hstack([directions, 0 * still])
+    assert information.left_out(stilled)[-1] == 0
+    assert np.isfinite(coupling.couplings("peer_information", np.hstack([trusted, still]), still)).all()
 
 
 def _root(values):

@@ -161,7 +161,7 @@ def adaptive_pgd(
     trace, in which only the losses at these draws are renewed: an expectation over draws at a fraction of its cost.
 
     Args:
-      detector: of a model from `from_nnx` or `from_linen`.
+      detector: of a model from `from_nnx` or `from_linen`, with a coupling that no information is in.
       weight: 0 spares the detector, 1 looks at nothing else once the model is fooled.
       targets: where not given, each image is led to the class that comes second, for the trace depends on the class.
 
@@ -170,6 +170,8 @@ def adaptive_pgd(
     _check_step(step_size, num_steps)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: wanted 0 to 1, got {weight}")
+    if lookup(detector.scorer.coupling).reduction in ("peer_joint", "peer_lower"):
+        raise ValueError(f"detector: the attack has no gradient of the coupling {detector.scorer.coupling!r}")
     if not 1 <= num_draws <= detector.draws.num_draws:
         raise ValueError(f"num_draws: wanted 1 to the detector's {detector.draws.num_draws}, got {num_draws}")
     loss_fn: Any = detector.loss_fn

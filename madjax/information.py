@@ -1,0 +1,56 @@
+"""How much the trusted traces, all together, tell of one: Gaussian mutual information, -1/2 log(1 - R²), in nats.
+
+1 - R² is the share of a trace's variance over draws that a ridge regression on the trusted traces leaves: of unit
+traces z and A `[D, num_trusted]`, the least |z - A w|² + λ |w|² over w, which is z' (A A' / λ + I)^-1 z. As more of
+them than draws would explain anything, λ is the mean eigenvalue of A A', as the shrinkage of `madjax.traces` has it.
+
+Where the nearest traces tell whether somebody moves as this one does, all together tell whether it moves in directions
+that trusted ones move in at all: an output that rests on what many have in part is explained, though by no one alone.
+
+Traces here are centered, of unit norm, or zero where no draw moves an output: such a one is told nothing of.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def information(trusted: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Float64 `[num_test]` of unit traces `[D, num_trusted]` and `[D, num_test]`."""
+    return _nats(np.einsum("di,di->i", test, _inverse(trusted, trusted.shape[1]) @ test))
+
+
+def left_out(trusted: np.ndarray) -> np.ndarray:
+    """Float64 `[num_trusted]`: what the others tell of each."""
+    count = trusted.shape[1] - 1
+    own = np.einsum("di,di->i", trusted, _inverse(trusted, count) @ trusted)
+    return _nats(_without(own, trusted, count))
+
+
+def pairs_left_out(trusted: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Float64 `[num_trusted, len(asked)]`: what all but the example of the row tell of each of those at `asked`."""
+    count = trusted.shape[1] - 2
+    ridge, chosen = _ridge(trusted, count), np.arange(len(asked))
+    solved = _inverse(trusted, count) @ trusted
+    own, shared = np.einsum("di,di->i", trusted, solved), trusted.T @ solved[:, asked]
+    shared[asked, chosen] = 0  # nobody is left out of what is told of itself a second time
+    # Sherman and Morrison, first without the row's example, then without itself
+    return _nats(_without(own[asked] + np.square(shared) / (ridge - own)[:, None], trusted, count))
+
+
+def _ridge(trusted: np.ndarray, count: int) -> float:
+    """λ of `count` references."""
+    return count / len(trusted)
+
+
+def _inverse(trusted: np.ndarray, count: int) -> np.ndarray:
+    return np.linalg.inv(trusted @ trusted.T / _ridge(trusted, count) + np.eye(len(trusted)))
+
+
+def _without(share: np.ndarray, trusted: np.ndarray, count: int) -> np.ndarray:
+    """The share of a trace that is left where it is not among the references itself."""
+    return share / (1 - share / _ridge(trusted, count))
+
+
+def _nats(share: np.ndarray) -> np.ndarray:
+    return -np.log(np.where(share > 0, np.minimum(share, 1), 1)) / 2
