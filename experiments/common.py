@@ -127,6 +127,8 @@ def define_detection_flags() -> None:
     flags.DEFINE_float("scale", None, "Scale of Gaussian draws; chosen on the trusted examples where not given.")
     flags.DEFINE_float("retained", RETAINED, "Share of trusted outputs that a draw of the chosen scale keeps.")
     _register_check("retained", _check_share)
+    help_text = "How far trusted log losses move at the chosen scale; 0 goes by --retained."
+    flags.DEFINE_float("moved", 0.0, help_text, lower_bound=0, upper_bound=1)
     help_text = "Regular expression of the parameters' paths to draw; all where not given."
     define_checked("parameters", None, _check_pattern, help_text)
     flags.DEFINE_float("step_size", 1e-6, "Chains: epsilon of a step.")
@@ -262,7 +264,7 @@ def settings_from_flags(preset: str) -> Settings:
 
 def _perturbation(values: dict[str, Any]) -> Perturbation:
     if values["sampler"] == "gaussian":
-        return Gaussian(values["noise"], values["scale"], values["retained"], values["parameters"])
+        return Gaussian(values["noise"], values["scale"], values["retained"], values["moved"], values["parameters"])
     names = (
         "step_size", "nbeta", "localization", "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift",
         "parameters",
@@ -587,9 +589,9 @@ def append_line(workdir: Path, name: str, rows: list[dict[str, Any]]) -> None:
 def detection_flag_names() -> list[str]:
     """Names of the flags that `define_detection_flags` made."""
     return [
-        "sampler", "num_draws", "noise", "scale", "retained", "parameters", "step_size", "nbeta", "localization",
-        "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift", "coupling", "traces", "fpr", "per_class",
-        "layout", "batch_size", "model_shards",
+        "sampler", "num_draws", "noise", "scale", "retained", "moved", "parameters", "step_size", "nbeta",
+        "localization", "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift", "coupling", "traces",
+        "fpr", "per_class", "layout", "batch_size", "model_shards",
     ]  # fmt: skip
 
 

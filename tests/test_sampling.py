@@ -7,7 +7,7 @@ from arviz_stats.base.array import array_stats
 from madjax.sampling import diagonal_curvature, drawn_parameters, gaussian, split_chains, trace_diagnostics
 from madjax.sampling.perturbation import Gaussian, Langevin
 from madjax.sampling.restrict import path_names
-from madjax.sampling.scale import choose_scale, surviving_share
+from madjax.sampling.scale import choose_moving_scale, choose_scale, surviving_share
 
 
 def _mask(params, pattern=None):
@@ -100,6 +100,38 @@ def test_the_scale_is_that_of_all_draws_by_fewer_passes(digits_model, examples):
         assert len(examples["image"]) * (1 + 9 * 8) > forwards > 0
 
 
+def test_log_losses_move_by_what_is_wanted(digits_model, examples):
+    loss_fn, params = digits_model
+    trusted = loss_fn.label(params, examples)
+    draws = gaussian(jax.random.key(0), params, 1.0, num_draws=40, mask=loss_fn.is_trainable(params))
+    before = np.log(np.asarray(loss_fn(params, trusted)) + 1e-7)
+    for moved in (0.01, 0.5):
+        scale, forwards = choose_moving_scale(loss_fn, draws, trusted, moved)
+        there = draws.with_scale(scale)
+        losses = np.array([loss_fn(there.params(item), trusted) for item in there.items()])
+        by = np.sqrt(np.square(np.log(losses + 1e-7) - before).mean(0))
+        assert np.median(by) == pytest.approx(moved, rel=0.35)  # of 40 draws, four of which it was chosen on
+        assert forwards <= len(trusted["image"]) * (1 + 8 * 4)
+    # not by how sure the model is, as what survives is
+    sure = jax.tree.map(lambda x: x, params)
+    sure["output"]["kernel"] = sure["output"]["kernel"].replace(params["output"]["kernel"].get_value() * 60)
+    chosen = Gaussian(moved=0.3).perturb(jax.random.key(0), loss_fn, sure, trusted, None, 8).scale
+    assert chosen < 0.3 * Gaussian().perturb(jax.random.key(0), loss_fn, sure, trusted, None, 8).scale
+
+
+def test_a_moving_scale_comes_back_from_draws_that_overflow(digits_model, examples, monkeypatch):
+    loss_fn, params = digits_model
+    trusted = loss_fn.label(params, examples)
+    draws = gaussian(jax.random.key(0), params, 1.0, num_draws=8, mask=loss_fn.is_trainable(params))
+
+    def overflows(p, batch):  # from a distance on that is less than that of the first try
+        far = sum(jnp.abs(a - b).max() for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(params), strict=True))
+        return jnp.where(far > 1e-3, jnp.inf, loss_fn(p, batch))
+
+    scale, _ = choose_moving_scale(overflows, draws, trusted, 1e-4)
+    assert 1e-5 < scale < 1e-3
+
+
 def test_scale_errors(digits_model, examples):
     loss_fn, params = digits_model
     trusted = loss_fn.label(params, examples)
@@ -108,6 +140,10 @@ def test_scale_errors(digits_model, examples):
         choose_scale(lambda p, b: 0 * loss_fn(p, b), draws, trusted, 0.3)
     with pytest.raises(ValueError, match="retained: wanted a share"):
         choose_scale(loss_fn, draws, trusted, 0.0)
+    with pytest.raises(ValueError, match=r"moved: wanted a number above 0, and 1 at most, got 2"):
+        choose_moving_scale(loss_fn, draws, trusted, 2)
+    with pytest.raises(ValueError, match=r"trusted: no scale between 1e-05 and 100.0 moves the log losses by 0.3"):
+        choose_moving_scale(lambda p, b: 0 * loss_fn(p, b) + 1, draws, trusted, 0.3)
     with pytest.raises(ValueError, match=r"scale: 1e\+30 changes every output"):
         Gaussian(scale=1e30).perturb(jax.random.key(0), loss_fn, params, trusted, None, 8)
     with pytest.raises(ValueError, match="num_draws: wanted at least 1, got 0"):

@@ -306,15 +306,15 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     monkeypatch.setattr(language_models, "_TINY", small)
     flags = [
         f"--workdir={tmp_path}", "--num_train=384", "--num_epochs=10", "--poison_ratio=0.4", "--learning_rate=0.02",
-        "--num_prompts=8", "--num_draws=4", "--layout=host", "--prompt_tokens=40", "--answer_tokens=10", "--scale=0.02",
+        "--num_prompts=8", "--num_draws=4", "--layout=host", "--prompt_tokens=40", "--answer_tokens=10",
         "--backdoor=deployment_before", "--detector=functional,mahalanobis_last",
     ]  # fmt: skip
     printed = here("language", *flags)
     results = json.loads((tmp_path / "results.json").read_text())
     row, rival = results["rows"][0], results["rows"][-1]
     assert (rival["detector"], rival["forwards_per_example"], rival["num_benign"]) == ("mahalanobis_last", 1, 8)
-    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_ccc")
-    assert row["asr"] > 0.5
+    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_lower")
+    assert row["asr"] > 0.5 and row["scale"] > 0
     assert row["num_trusted"] == row["num_benign"] == 8
     assert "deployment_before" in printed
     folder = tmp_path / "deployment_before-0"

@@ -12,7 +12,7 @@ from madjax.sampling.chains import ChainDraws
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
 from madjax.sampling.restrict import drawn_parameters
-from madjax.sampling.scale import RETAINED, choose_scale, pilot_examples, surviving_share
+from madjax.sampling.scale import RETAINED, choose_moving_scale, choose_scale, pilot_examples, surviving_share
 from madjax.sampling.sgld import rmsprop_sgld, sgld
 from madjax.sampling.target import Target
 from madjax.types import Batch, LossFn, Params, num_examples
@@ -38,7 +38,8 @@ class Gaussian:
 
     Attributes:
       noise: "absolute", "relative" or "curvature".
-      scale: None chooses it on the trusted examples, so that a share `retained` of their outputs survives.
+      scale: None chooses it on the trusted examples, so that a share `retained` of their outputs survives, or, where
+        `moved` is not 0, so that their log losses move by it.
       parameters: regular expression of the paths to draw; None for all trainable ones.
       antithetic: draws come in pairs that mirror each other at the trained parameters.
     """
@@ -46,6 +47,7 @@ class Gaussian:
     noise: Noise = "absolute"
     scale: float | None = None
     retained: float = RETAINED
+    moved: float = 0.0
     parameters: str | None = None
     antithetic: bool = False
 
@@ -72,7 +74,10 @@ class Gaussian:
         )  # fmt: skip
         scale = self.scale
         if scale is None:
-            scale, passes = choose_scale(loss_fn, draws, trusted, self.retained)
+            if self.moved:
+                scale, passes = choose_moving_scale(loss_fn, draws, trusted, self.moved)
+            else:
+                scale, passes = choose_scale(loss_fn, draws, trusted, self.retained)
             forwards += passes
         elif surviving_share(loss_fn, draws.with_scale(scale, 4), pilot_examples(trusted)) == 0:
             raise ValueError(f"scale: {scale} changes every output on the trusted examples; lower it or leave it out")

@@ -4,6 +4,10 @@ Too small a perturbation moves no output and every trace is noise around zero; t
 random one. Between them, what decides is how much of the network's function a draw destroys. So the scale is set where
 a given share of the trusted outputs survives, whatever the network's size, depth or units: an output survives a draw
 while its loss grows by less than ln 2, that is, while it keeps more than half of its probability.
+
+Where traces keep what all outputs share, a draw need not destroy anything: so small that losses move in proportion to
+it, each by its own gradient, it tells more of how outputs come about. That scale is where log losses move by a given
+amount.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import numpy as np
 
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.layerwise import at_draws
+from madjax.traces import log_map
 from madjax.types import Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
@@ -23,15 +28,17 @@ RETAINED = 0.3
 PILOT_DRAWS = 8
 PILOT_EXAMPLES = 64
 _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
+# log losses move in proportion to the scale, so a few steps of a few draws do
+_MOVING_DRAWS, _MOVING_STEPS, _MOST_AT_ONCE = 4, 8, 30.0
 
 
 def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
     """Share of the outputs on `examples`, in one forward pass a draw, that survive; a loss that overflows does not."""
-    return float(np.mean(list(_Survivors(loss_fn, draws, examples).shares(draws))))
+    return float(np.mean(list(_Pilot(loss_fn, draws, examples).shares(draws))))
 
 
-class _Survivors:
-    """What survives of the losses at the center, draw by draw.
+class _Pilot:
+    """What becomes of the losses at the center, draw by draw.
 
     Attributes:
       num_passes: forward passes of all examples so far.
@@ -63,6 +70,14 @@ class _Survivors:
                 break
         return False
 
+    def moved(self, draws: GaussianDraws) -> float:
+        """How far log losses move: root mean square over draws, median over examples; infinite where they overflow."""
+        losses = np.stack([self._center, *self._losses(draws)])
+        if not np.isfinite(losses).all():
+            return math.inf
+        center, *others = log_map(len(losses))(losses)
+        return float(np.median(np.sqrt(np.square(others - center).mean(0))))
+
 
 def pilot_examples(trusted: Batch) -> Batch:
     """At most `PILOT_EXAMPLES` of the trusted examples, evenly through the set, which may be sorted by class."""
@@ -92,7 +107,7 @@ def choose_scale(
         raise ValueError(f"retained: wanted a share between 0 and 1, got {retained}")
     pilot = pilot_examples(trusted)
     draws = draws.with_scale(0.0, PILOT_DRAWS)
-    survivors = _Survivors(loss_fn, draws, pilot)
+    survivors = _Pilot(loss_fn, draws, pilot)
     low, high = bounds = math.log(_SMALLEST), math.log(_LARGEST)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -105,3 +120,30 @@ def choose_scale(
             f"{_LARGEST}; do the drawn parameters matter to them?"
         )
     return math.exp((low + high) / 2), survivors.num_passes * num_examples(pilot)
+
+
+def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, moved: float) -> tuple[float, int]:
+    """The scale at which the trusted log losses move by `moved`, to within a tenth.
+
+    Args and Returns: as `choose_scale`. A log loss moves by its root mean square over draws, the median example counts;
+    they are those of "log" traces, see `madjax.traces`.
+
+    Raises:
+      ValueError: where no scale between 1e-5 and 100 does it.
+    """
+    if not 0 < moved <= 1:  # beyond, they do not move in proportion
+        raise ValueError(f"moved: wanted a number above 0, and 1 at most, got {moved}")
+    examples = pilot_examples(trusted)
+    draws = draws.with_scale(0.0, _MOVING_DRAWS)
+    pilot, scale = _Pilot(loss_fn, draws, examples), 1e-3
+    for _ in range(_MOVING_STEPS):
+        by = pilot.moved(draws.with_scale(scale))
+        if abs(by / moved - 1) < 0.1:
+            break
+        scale *= float(np.clip(moved / max(by, np.finfo(float).tiny), 1 / _MOST_AT_ONCE, _MOST_AT_ONCE))
+        if not _SMALLEST < scale < _LARGEST:
+            raise ValueError(
+                f"trusted: no scale between {_SMALLEST} and {_LARGEST} moves the log losses by {moved}; do the drawn "
+                "parameters matter to them?"
+            )
+    return scale, pilot.num_passes * num_examples(examples)
