@@ -28,14 +28,16 @@ def left_out(trusted: np.ndarray) -> np.ndarray:
 
 
 def pairs_left_out(trusted: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Float64 `[num_trusted, len(asked)]`: what all but the example of the row tell of each of those at `asked`."""
+    """Float64 `[num_trusted, len(asked)]`: what all but the example of the row tell of each other one at `asked`.
+
+    What stands there of an example and itself means nothing.
+    """
     count = trusted.shape[1] - 2
-    ridge, chosen = _ridge(trusted, count), np.arange(len(asked))
     solved = _inverse(trusted, count) @ trusted
     own, shared = np.einsum("di,di->i", trusted, solved), trusted.T @ solved[:, asked]
-    shared[asked, chosen] = 0  # nobody is left out of what is told of itself a second time
-    # Sherman and Morrison, first without the row's example, then without itself
-    return _nats(_without(own[asked] + np.square(shared) / (ridge - own)[:, None], trusted, count))
+    # Sherman and Morrison's update, first for the row's example, then for the one that is told of
+    without_row = own[asked] + np.square(shared) / (_ridge(trusted, count) - own)[:, None]
+    return _nats(_without(without_row, trusted, count))
 
 
 def _ridge(trusted: np.ndarray, count: int) -> float:

@@ -54,7 +54,7 @@ def test_too_few_trusted_flag_nothing():
 
 
 @pytest.mark.parametrize("traces", ["whitened", "log"])
-@pytest.mark.parametrize("coupling", ["topk_ccc", "peer_ccc"])
+@pytest.mark.parametrize("coupling", ["topk_ccc", "peer_ccc", "peer_information"])
 def test_left_out_of_all_that_it_is_judged_by(coupling, traces):
     """An example must not shape the map, nor the peers, that it is judged by: the fast ways against a refit by hand."""
     losses = _traces(np.random.default_rng(3), 61)
