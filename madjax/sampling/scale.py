@@ -20,7 +20,6 @@ import numpy as np
 
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.layerwise import at_draws
-from madjax.traces import log_map
 from madjax.types import Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
@@ -30,6 +29,7 @@ PILOT_EXAMPLES = 64
 _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
 # log losses move in proportion to the scale, so a few steps of a few draws do
 _MOVING_DRAWS, _MOVING_STEPS, _MOST_AT_ONCE = 4, 8, 30.0
+_SMALL_LOSS = 1e-7  # what a loss has to exceed to count, as in "log" traces
 
 
 def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
@@ -72,10 +72,10 @@ class _Pilot:
 
     def moved(self, draws: GaussianDraws) -> float:
         """How far log losses move: root mean square over draws, median over examples; infinite where they overflow."""
-        losses = np.stack([self._center, *self._losses(draws)])
+        losses = np.stack([self._center, *self._losses(draws)]).astype(np.float64)
         if not np.isfinite(losses).all():
             return math.inf
-        center, *others = log_map(len(losses))(losses)
+        center, *others = np.sign(losses) * np.log1p(np.abs(losses) / _SMALL_LOSS)
         return float(np.median(np.sqrt(np.square(others - center).mean(0))))
 
 
@@ -126,7 +126,7 @@ def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, m
     """The scale at which the trusted log losses move by `moved`, to within a tenth.
 
     Args and Returns: as `choose_scale`. A log loss moves by its root mean square over draws, the median example counts;
-    they are those of "log" traces, see `madjax.traces`.
+    they are what "log" traces are made of, see `madjax.traces`.
 
     Raises:
       ValueError: where no scale between 1e-5 and 100 does it.
