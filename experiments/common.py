@@ -264,7 +264,8 @@ def settings_from_flags(preset: str) -> Settings:
 
 def _perturbation(values: dict[str, Any]) -> Perturbation:
     if values["sampler"] == "gaussian":
-        return Gaussian(values["noise"], values["scale"], values["retained"], values["moved"], values["parameters"])
+        names = ("noise", "scale", "retained", "moved", "parameters")
+        return Gaussian(**{name: values[name] for name in names})
     names = (
         "step_size", "nbeta", "localization", "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift",
         "parameters",

@@ -119,7 +119,7 @@ def test_log_losses_move_by_what_is_wanted(digits_model, examples):
     assert chosen < 0.3 * Gaussian().perturb(jax.random.key(0), loss_fn, sure, trusted, None, 8).scale
 
 
-def test_a_moving_scale_comes_back_from_draws_that_overflow(digits_model, examples, monkeypatch):
+def test_a_moving_scale_comes_back_from_draws_that_overflow(digits_model, examples):
     loss_fn, params = digits_model
     trusted = loss_fn.label(params, examples)
     draws = gaussian(jax.random.key(0), params, 1.0, num_draws=8, mask=loss_fn.is_trainable(params))

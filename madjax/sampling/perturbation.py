@@ -47,9 +47,9 @@ class Gaussian:
     noise: Noise = "absolute"
     scale: float | None = None
     retained: float = RETAINED
-    moved: float = 0.0
     parameters: str | None = None
     antithetic: bool = False
+    moved: float = 0.0
 
     def perturb(
         self,
