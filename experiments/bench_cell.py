@@ -48,7 +48,7 @@ def main() -> None:
         return swept - start, time.perf_counter() - start
 
     # the programs of a chain do not depend on how many draws it makes
-    _, first = run(settings.num_draws if settings.sampler == "gaussian" else 32)
+    _, first = run(32 if settings.sampler in common.CHAINS else settings.num_draws)
     fit, total = run(settings.num_draws)
     row = {
         "device": common.device(),

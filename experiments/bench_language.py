@@ -5,7 +5,7 @@ r"""Speed and memory of a language model's sweep on this device.
 
 Prints one JSON object: bytes of the weights and, for each of --layouts, sequences a second (losses of one draw and one
 sequence; median over turns, which take turns, compilation apart) and bytes that a draw takes beside the weights, as XLA
-plans it.
+plans it. Of the layout "gradient" they are of one gradient a sequence, which serves all draws of a tangent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from experiments import common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
-from madjax.sampling import GaussianDraws, drawn_parameters, gaussian, layerwise
+from madjax.sampling import GaussianDraws, TangentDraws, drawn_parameters, gaussian, layerwise
+from madjax.sampling.scale import MOVED
+from madjax.sampling.tangent import NUM_DRAWS
 from madjax.types import Batch
 
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file; weights as they are.")
@@ -40,7 +42,8 @@ flags.DEFINE_integer("num_tokens", 10, "Tokens of a completion.", lower_bound=1)
 flags.DEFINE_integer("num_draws", 4, "Draws of one turn.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Sequences of one forward pass.", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "Turns.", lower_bound=1)
-common.define_list("layouts", ["host", "layers"], ["host", "layers"], "Layouts of the sweep.")
+_LAYOUTS = ["host", "layers", "gradient"]
+common.define_list("layouts", _LAYOUTS, _LAYOUTS, "Layouts of the sweep.")
 
 
 def main() -> None:
@@ -54,9 +57,12 @@ def main() -> None:
     )  # fmt: skip
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
+    tangent = TangentDraws(draws.rng_key, params, jnp.float32(MOVED), draws.drawn, NUM_DRAWS)
+    draws_of = {"host": draws, "layers": draws, "gradient": tangent}
+    passes = {"host": values.num_draws, "layers": values.num_draws, "gradient": 1}
 
     def sweep(layout: str) -> None:
-        loss_matrix(loss_fn, draws, examples, layout=layout, batch_size=values.batch_size)
+        loss_matrix(loss_fn, draws_of[layout], examples, layout=layout, batch_size=values.batch_size)
 
     first = {layout: common.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
     turns = common.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
@@ -72,11 +78,11 @@ def main() -> None:
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "layouts": {
             layout: {
-                "sequences_a_second": values.num_sequences * values.num_draws / seconds[layout],
-                "seconds_a_draw": seconds[layout] / values.num_draws,
+                "sequences_a_second": values.num_sequences * passes[layout] / seconds[layout],
+                "seconds_a_draw": seconds[layout] / passes[layout],
                 "compile_seconds": max(0.0, first[layout] - seconds[layout]),
                 "bytes_beside_weights": _bytes(
-                    layout, loss_fn, draws, examples, min(values.batch_size, values.num_sequences)
+                    layout, loss_fn, draws_of[layout], examples, min(values.batch_size, values.num_sequences)
                 ),
             }
             for layout in values.layouts
@@ -85,7 +91,9 @@ def main() -> None:
     print(json.dumps(row))
 
 
-def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, examples: Batch, batch_size: int) -> int:
+def _bytes(
+    layout: str, loss_fn: SequenceLoss, draws: GaussianDraws | TangentDraws, examples: Batch, batch_size: int
+) -> int:
     """What a draw of a batch takes beside weights and examples: of its largest stage, or of the whole program."""
     item = jnp.asarray(draws.any_item())
 
@@ -94,8 +102,11 @@ def _bytes(layout: str, loss_fn: SequenceLoss, draws: GaussianDraws, examples: B
         assert plan is not None
         return plan.temp_size_in_bytes, plan.output_size_in_bytes
 
+    batch = jax.tree.map(lambda leaf: leaf[:batch_size], examples)
+    if isinstance(draws, TangentDraws):
+        items = jnp.arange(draws.num_draws)
+        return sum(planned(lambda draws, batch: draws.losses(loss_fn, items, batch), draws, batch))
     if layout == "host":
-        batch = jax.tree.map(lambda leaf: leaf[:batch_size], examples)
         return sum(planned(lambda draws, batch: loss_fn(draws.params(item), batch), draws, batch))
     most, state = 0, loss_fn.cut(examples, batch_size)[0][-1]  # the longest
     for part, run in layerwise.stages(loss_fn, draws) or []:

@@ -36,11 +36,11 @@ from madjax.models.generate import completion_batch, prompt_batch
 from madjax.report import detection_row, write_json
 from madjax.sampling import gaussian, split_chains, trace_diagnostics
 from madjax.sampling.gaussian import GaussianDraws
-from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation
-from madjax.sampling.scale import RETAINED
+from madjax.sampling.perturbation import Gaussian, Langevin, Perturbation, Tangent
+from madjax.sampling.scale import MOVED, RETAINED
 from madjax.scorer import Scores, Traces
 from madjax.store import changed
-from madjax.sweep import Layout
+from madjax.sweep import Layout, forward_passes
 
 # what is defined here counts as the driver's own flags, which its --help shows
 flags.disclaim_key_flags()
@@ -116,10 +116,15 @@ def define_layout() -> None:
     define_checked("layout", "auto", _check_layout, "Layout of the sweep: auto, host, layers, scanK or vmapK.")
 
 
+# samplers that train on examples with true labels
+CHAINS = ("rmsprop_sgld", "sgld")
+
+
 def define_detection_flags() -> None:
     """The flags of sampling, sweep, coupling and calibration."""
-    samplers = ["gaussian", "rmsprop_sgld", "sgld"]
-    flags.DEFINE_enum("sampler", "gaussian", samplers, "Independent Gaussian draws, or Langevin chains.")
+    samplers = ["gaussian", "tangent", *CHAINS]
+    help_text = "Independent Gaussian draws, small ones along the tangent, or Langevin chains."
+    flags.DEFINE_enum("sampler", "gaussian", samplers, help_text)
     flags.DEFINE_integer("num_draws", 128, "Draws of the parameters, over all chains.", lower_bound=2)
     flags.DEFINE_enum(
         "noise", "absolute", ["absolute", "relative", "curvature"], "What a scale of 1 means for Gaussian draws."
@@ -127,9 +132,9 @@ def define_detection_flags() -> None:
     flags.DEFINE_float("scale", None, "Scale of Gaussian draws; chosen on the trusted examples where not given.")
     flags.DEFINE_float("retained", RETAINED, "Share of trusted outputs that a draw of the chosen scale keeps.")
     _register_check("retained", _check_share)
-    help_text = "How far trusted log losses move at the chosen scale; 0 goes by --retained."
+    help_text = f"How far trusted log losses move at the chosen scale; 0 goes by --retained, of a tangent {MOVED}."
     flags.DEFINE_float("moved", 0.0, help_text, lower_bound=0, upper_bound=1)
-    help_text = "Regular expression of the parameters' paths to draw; all where not given."
+    help_text = "Regular expression of the parameters' paths to draw; where not given all, of a tangent kernels."
     define_checked("parameters", None, _check_pattern, help_text)
     flags.DEFINE_float("step_size", 1e-6, "Chains: epsilon of a step.")
     flags.DEFINE_float("nbeta", 100.0, "Chains: examples times inverse temperature.", lower_bound=0)
@@ -187,7 +192,7 @@ def _check_share(value: float) -> None:
 
 
 def _check_chains(values: dict[str, Any]) -> bool:
-    if values["sampler"] != "gaussian" and values["num_draws"] % values["num_chains"]:
+    if values["sampler"] in CHAINS and values["num_draws"] % values["num_chains"]:
         raise flags.ValidationError(f"wanted a multiple of {values['num_chains']} draws, got {values['num_draws']}")
     return True
 
@@ -266,6 +271,9 @@ def _perturbation(values: dict[str, Any]) -> Perturbation:
     if values["sampler"] == "gaussian":
         names = ("noise", "scale", "retained", "moved", "parameters")
         return Gaussian(**{name: values[name] for name in names})
+    if values["sampler"] == "tangent":
+        given = {name: values[name] for name in ("moved", "parameters") if values[name]}
+        return Tangent(**given)
     names = (
         "step_size", "nbeta", "localization", "num_chains", "num_burnin_steps", "num_steps_between_draws", "drift",
         "parameters",
@@ -308,7 +316,7 @@ def fit_detector(
 
 def sample_forwards(detector: Detector, num_test: int) -> int:
     """Forward passes of one example that the fit and so many test examples take."""
-    return detector.sample_forwards + len(detector.scorer.trusted) * num_test
+    return detector.sample_forwards + forward_passes(detector.draws) * num_test
 
 
 def result_row(

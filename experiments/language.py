@@ -40,14 +40,16 @@ from experiments.language_models import (
     make_case,
     read_model,
 )
-from madjax import Detector, report
+from madjax import Detector, loss_matrix, report
 from madjax.attacks.text import TEXT_BACKDOORS
 from madjax.baselines import HIDDEN
 from madjax.coupling import couplings
 from madjax.data.text import load_prompts
 from madjax.interop.tokenizer import ChatTokenizer
-from madjax.losses import SequenceLoss, TokenLoss, from_decoder
+from madjax.losses import OneTokenLoss, SequenceLoss, TokenLoss, from_decoder
+from madjax.sampling import TangentDraws
 from madjax.sampling.layerwise import at_draws
+from madjax.sampling.tangent import NUM_DRAWS
 from madjax.scorer import Scores
 
 common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
@@ -81,7 +83,9 @@ flags.FLAGS.set_default("coupling", ["peer_lower", "peer_ccc", "peer_information
 flags.FLAGS.set_default("traces", "log")
 flags.FLAGS.set_default("moved", 0.3)
 flags.FLAGS.set_default("batch_size", 32)
-flags.FLAGS.set_default("num_draws", 64)
+# a gradient is of the price of three draws, whatever their number
+flags.FLAGS.set_default("sampler", "tangent")
+flags.FLAGS.set_default("num_draws", NUM_DRAWS)
 
 _OWN_FLAGS = ["backdoor", "seed", "detector", "model", "adapter", "data_dir", "trusted", "test", "num_prompts"]
 _SHOWN = 12
@@ -202,13 +206,27 @@ def token_couplings(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts)
     """For each completion, how far the trusted completions explain each of its tokens: the correlation of the token's
     trace with the ten trusted ones that it goes with most.
     """
-    at = at_draws(TokenLoss(loss_fn), detector.draws, prompts.batch)
-    losses = np.stack([np.asarray(at(item)) for item in detector.draws.items()])
     trusted = detector.scorer.map(detector.scorer.trusted)
     return [
-        couplings("topk_correlation", trusted, detector.scorer.map(losses[:, index, :length]))
-        for index, length in enumerate(prompts.batch["completion_length"])
+        couplings("topk_correlation", trusted, detector.scorer.map(losses))
+        for losses in _token_losses(detector, loss_fn, prompts)
     ]
+
+
+def _token_losses(detector: Detector, loss_fn: SequenceLoss, prompts: Prompts) -> list[np.ndarray]:
+    """For each completion `[num_draws, length]`."""
+    batch, draws = prompts.batch, detector.draws
+    lengths = batch["completion_length"]
+    if not isinstance(draws, TangentDraws):
+        at = at_draws(TokenLoss(loss_fn), draws, batch)
+        losses = np.stack([np.asarray(at(item)) for item in draws.items()])
+        return [losses[:, index, :length] for index, length in enumerate(lengths)]
+    # a gradient tells of one loss, so each token is an example
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    tokens = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    examples = {**jax.tree.map(lambda leaf: leaf[owners], batch), "token": tokens}
+    losses = loss_matrix(OneTokenLoss(loss_fn), draws, examples, batch_size=detector.batch_size)
+    return np.split(losses, np.cumsum(lengths)[:-1], axis=1)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _own_model(name: str, checkpoint: str) -> tuple[Any, Any]:
 def _sampling() -> dict[str, np.ndarray] | None:
     values = flags.FLAGS
     if not values.sampling:
-        if values.sampler != "gaussian":
+        if values.sampler in common.CHAINS:
             raise ValueError(f"sampling: {values.sampler} needs examples with true labels to train on, got none")
         return None
     sampling = _read("sampling", values.sampling)

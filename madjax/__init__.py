@@ -2,7 +2,7 @@
 
 from madjax.detector import Detector
 from madjax.losses import ClassificationLoss, from_linen, from_nnx
-from madjax.sampling.perturbation import Gaussian, Langevin
+from madjax.sampling.perturbation import Gaussian, Langevin, Tangent
 from madjax.scorer import Scorer, Scores
 from madjax.store import open_traces
 from madjax.sweep import loss_matrix
@@ -17,6 +17,7 @@ __all__ = [
     "Langevin",
     "Scorer",
     "Scores",
+    "Tangent",
     "from_linen",
     "from_nnx",
     "loss_matrix",

@@ -19,10 +19,11 @@ from madjax.sampling.draws import Draws, RecordedDraws, StoredDraws
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.perturbation import Gaussian, Perturbation, check_labels
 from madjax.sampling.restrict import path_names
+from madjax.sampling.tangent import TangentDraws
 from madjax.scorer import Scorer, Scores, Traces
 from madjax.sharding import place, put_model
 from madjax.store import TraceStore
-from madjax.sweep import loss_matrix
+from madjax.sweep import forward_passes, loss_matrix
 from madjax.traces import TraceMap
 from madjax.types import Batch, LossFn, LossMatrix, Params, num_examples
 
@@ -39,11 +40,11 @@ class Detector:
 
     Attributes:
       loss_fn, params: the model.
-      draws: regenerated from a key (Gaussian) or stored (chains).
+      draws: regenerated from a key (Gaussian and tangent) or stored (chains).
       scorer: the trusted losses, and how others are held against them.
       fpr: the false-positive rate that `flagged` is calibrated for.
       per_class: whether each predicted class is calibrated by itself.
-      scale: the scale of Gaussian draws, None for chains.
+      scale: the scale of Gaussian draws, None for others.
       sample_forwards: forward passes of one example that the fit took; a gradient counts as three.
       layout, batch_size, model_shards: of the sweep.
       example_shapes: shape of one trusted example by path, without the label.
@@ -137,8 +138,8 @@ class Detector:
             store = _store(workdir, given, settings, split, _classes(examples))
         perturbed = perturbation.perturb(rng_key, loss_fn, params, trusted, sampling, num_draws)
         draws = perturbed.draws
-        if test is None and not isinstance(draws, GaussianDraws):
-            # a chain is walked once and kept; Gaussian draws come back from their key
+        if test is None and not isinstance(draws, GaussianDraws | TangentDraws):
+            # a chain is walked once and kept; the others come back from their key
             draws = RecordedDraws(draws)
         losses = loss_matrix(
             loss_fn, draws, examples, layout=layout, batch_size=batch_size, model_shards=model_shards, store=store,
@@ -152,7 +153,7 @@ class Detector:
             fpr,
             per_class,
             perturbed.scale,
-            perturbed.forwards + losses[:, :count].size,
+            perturbed.forwards + forward_passes(draws) * count,
             layout,
             batch_size,
             model_shards,
@@ -218,7 +219,7 @@ class Detector:
         Raises:
           ValueError: where `path` exists already, or the chains were not kept.
         """
-        if not isinstance(self.draws, GaussianDraws | StoredDraws):
+        if not isinstance(self.draws, GaussianDraws | TangentDraws | StoredDraws):
             raise ValueError("test: a detector of chains that was fitted together with test examples cannot be saved")
         scorer = self.scorer
         settings = {
@@ -242,6 +243,9 @@ class Detector:
                 "scales": self.draws.scales,
                 "unit": dict(enumerate(self.draws.unit)),
             }
+        elif isinstance(self.draws, TangentDraws):
+            settings |= {"drawn": list(self.draws.drawn), "num_draws": self.draws.num_draws}
+            arrays["tangent"] = {"rng_key": jax.random.key_data(self.draws.rng_key), "moved": self.draws.moved}
         else:
             arrays["stored"] = dict(enumerate(jax.tree.leaves(self.draws.stacked)))
         checkpoint.save(path, settings, arrays)
@@ -266,6 +270,12 @@ class Detector:
                 tuple(settings["drawn"]),
                 settings.get("antithetic", False),  # detectors of the first version lack it
             )
+        elif "tangent" in arrays:
+            saved = arrays["tangent"]
+            draws = TangentDraws(
+                jax.random.wrap_key_data(jnp.asarray(saved["rng_key"])), params, jnp.asarray(saved["moved"]),
+                tuple(settings["drawn"]), settings["num_draws"],
+            )  # fmt: skip
         else:
             draws = StoredDraws(jax.tree.unflatten(jax.tree.structure(params), _in_order(arrays["stored"])))
         trace_map = arrays.get("trace_map")

@@ -2,7 +2,8 @@
 
 1 - R² is the share of a trace's variance over draws that a ridge regression on the trusted traces leaves: of unit
 traces z and A `[D, num_trusted]`, the least |z - A w|² + λ |w|² over w, which is z' (A A' / λ + I)^-1 z. As more of
-them than draws would explain anything, λ is the mean eigenvalue of A A', as the shrinkage of `madjax.traces` has it.
+them than draws would explain anything, λ is the mean of the eigenvalues of A A' that are not zero by their number, as
+the shrinkage of `madjax.traces` has it.
 
 Where the nearest traces tell whether somebody moves as this one does, all together tell whether it moves in directions
 that trusted ones move in at all: an output that rests on what many have in part is explained, though by no one alone.
@@ -17,13 +18,13 @@ import numpy as np
 
 def information(trusted: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Float64 `[num_test]` of unit traces `[D, num_trusted]` and `[D, num_test]`."""
-    return _nats(np.einsum("di,di->i", test, _inverse(trusted, trusted.shape[1]) @ test))
+    return _nats(np.einsum("di,di->i", test, _solve(trusted, trusted.shape[1], test)))
 
 
 def left_out(trusted: np.ndarray) -> np.ndarray:
     """Float64 `[num_trusted]`: what the others tell of each."""
     count = trusted.shape[1] - 1
-    own = np.einsum("di,di->i", trusted, _inverse(trusted, count) @ trusted)
+    own = np.einsum("di,di->i", trusted, _solve(trusted, count, trusted))
     return _nats(_without(own, trusted, count))
 
 
@@ -33,7 +34,7 @@ def pairs_left_out(trusted: np.ndarray, asked: np.ndarray) -> np.ndarray:
     What stands there of an example and itself means nothing.
     """
     count = trusted.shape[1] - 2
-    solved = _inverse(trusted, count) @ trusted
+    solved = _solve(trusted, count, trusted)
     own, shared = np.einsum("di,di->i", trusted, solved), trusted.T @ solved[:, asked]
     # Sherman and Morrison's update, first for the row's example, then for the one that is told of
     without_row = own[asked] + np.square(shared) / (_ridge(trusted, count) - own)[:, None]
@@ -42,11 +43,16 @@ def pairs_left_out(trusted: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
 def _ridge(trusted: np.ndarray, count: int) -> float:
     """λ of `count` references."""
-    return count / len(trusted)
+    return count / min(len(trusted), count)
 
 
-def _inverse(trusted: np.ndarray, count: int) -> np.ndarray:
-    return np.linalg.inv(trusted @ trusted.T / _ridge(trusted, count) + np.eye(len(trusted)))
+def _solve(trusted: np.ndarray, count: int, traces: np.ndarray) -> np.ndarray:
+    """(A A' / λ + I)^-1 of traces, λ being that of `count` references."""
+    ridge, (num_draws, num_trusted) = _ridge(trusted, count), trusted.shape
+    if num_draws <= num_trusted:
+        return np.linalg.solve(trusted @ trusted.T / ridge + np.eye(num_draws), traces)
+    # Woodbury's identity: a matrix of examples is the smaller one
+    return traces - trusted @ np.linalg.solve(trusted.T @ trusted + ridge * np.eye(num_trusted), trusted.T @ traces)
 
 
 def _without(share: np.ndarray, trusted: np.ndarray, count: int) -> np.ndarray:

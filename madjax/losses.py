@@ -314,6 +314,17 @@ class TokenLoss:
         return self.loss_fn.cut(examples, batch_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class OneTokenLoss:
+    """Negative log-likelihood of one token of a completion: of that at `batch["token"]`, int32 `[n]`."""
+
+    loss_fn: SequenceLoss
+
+    def __call__(self, params: Params, batch: Batch) -> jax.Array:
+        """Float32 `[n]`, in nats."""
+        return jnp.take_along_axis(self.loss_fn.tokens(params, batch), batch["token"][:, None], axis=1)[:, 0]
+
+
 def _each(losses: jax.Array, batch: Batch) -> jax.Array:
     del batch
     return losses

@@ -25,6 +25,7 @@ from madjax.prefix import freeze
 from madjax.sampling import layerwise
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, Walk
+from madjax.sampling.tangent import PASSES, TangentDraws
 from madjax.sharding import Placement, place, put_examples, put_model, split
 from madjax.store import BLOCK, TraceStore
 from madjax.types import Batch, LossFn, LossMatrix, num_examples
@@ -39,7 +40,8 @@ class Layout(NamedTuple):
     Attributes:
       kind: "host": one draw a call, the loop is on the host. "scan": a loop in the program, a draw at a time. "vmap":
         all draws of a call at once. "layers": one layer of one draw a call, see `madjax.sampling.layerwise`.
-      draws_per_call: 1 for "host" and "layers".
+        "gradient": all draws from a gradient of each example, see `madjax.sampling.tangent`.
+      draws_per_call: 1 for "host" and "layers"; of "gradient", which takes all, 0.
     """
 
     kind: str
@@ -50,12 +52,14 @@ class Layout(NamedTuple):
         """From "host", "layers", "scan8", "vmap4", ...; a ValueError lists what there is."""
         if text in ("host", "layers"):
             return cls(text, 1)
+        if text == "gradient":
+            return cls(text, 0)
         if match := re.fullmatch(r"(scan|vmap)([1-9]\d*)", text):
             return cls(match[1], int(match[2]))
         raise ValueError(f"layout: wanted auto, host, layers, scanK or vmapK with a number of draws K, got {text!r}")
 
     def __str__(self) -> str:
-        return self.kind if self.kind in ("host", "layers") else f"{self.kind}{self.draws_per_call}"
+        return self.kind if self.kind in ("host", "layers", "gradient") else f"{self.kind}{self.draws_per_call}"
 
 
 CANDIDATES = (Layout("host", 1), Layout("scan", 8), Layout("vmap", 4))
@@ -83,8 +87,8 @@ def loss_matrix(
       loss_fn: `(params, batch) -> float32 [n]`. Two calls with equal functions share one compilation.
       draws: `GaussianDraws`, `ChainDraws` or anything with the methods of `Draws`.
       examples: pytree of arrays with one leading axis, on the host or on the devices.
-      layout: see `Layout.parse`; "auto" is "layers" for Gaussian draws of a loss that has layers, such as a decoder's,
-        and otherwise the fastest of a few of which it times one block.
+      layout: see `Layout.parse`; "auto" is "gradient" for draws of a tangent, "layers" for other Gaussian ones of a
+        loss that has layers, such as a decoder's, and otherwise the fastest of a few of which it times one block.
       batch_size: examples of one forward pass on one device.
       devices: all of this host where None.
       model_shards: over how many devices of a host the parameters are split, for a model too large for one.
@@ -97,7 +101,8 @@ def loss_matrix(
 
     Raises:
       ValueError: no draws or examples, examples of unequal lengths, a loss that is not one number an example, layout
-        "layers" for draws or a loss that cannot be taken apart.
+        "layers" for draws or a loss that cannot be taken apart, "gradient" for other draws than a tangent's, or another
+        for those.
       FloatingPointError: a loss is not finite; the message names draw and example.
     """
     count, num_draws = num_examples(examples), draws.num_draws
@@ -114,13 +119,19 @@ def loss_matrix(
     drawn = draws.drawn
     if store is not None:
         layout = store.facts.get("layout", layout)  # another would round differently
+    if isinstance(draws, TangentDraws) != (layout == "gradient"):
+        if layout != "auto":
+            raise ValueError(
+                f"layout: draws of a tangent, and they alone, are swept by gradient; wanted auto, got {layout}"
+            )
+        layout = "gradient" if isinstance(draws, TangentDraws) else "auto"
     stages = layerwise.stages(loss_fn, draws) if layout in ("auto", "layers") else None
     if layout == "auto" and stages is not None:
         layout = "layers"
     if layout == "layers" and stages is None:
         raise ValueError("layout: layers is for Gaussian draws of a loss that has stages, such as a Decoder's")
     multiple = batch_size * placement.parts("examples")
-    if count_here and drawn is not None and layout != "layers":
+    if count_here and drawn is not None and layout not in ("layers", "gradient"):
         center = partial(draws.params, draws.any_item())
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
@@ -129,11 +140,13 @@ def loss_matrix(
         chunks = _Batches(loss_fn, own, multiple, placement)
         stages, chunks.batches = layerwise.freeze(stages, chunks.batches)
     else:
-        chunks = _Chunks(own, count_here, batch_size, placement)
+        chunks = _Chunks(own, count_here, batch_size, placement, batch_size if layout == "gradient" else _CHUNK)
         if layout == "auto":
             picked = _pick(loss_fn, draws, chunks.probe(), batch_size, placement) if count_here else None
             layout = hosts.first(str(picked))
     chosen = Layout.parse(layout)
+    if chosen.kind == "gradient":
+        chosen = chosen._replace(draws_per_call=-(-num_draws // placement.parts("draws")))
     size = _block_size(chosen, placement)
     rows = _Rows(store, num_draws, count_here, size)
     walk = draws.items(rows.stop, rows.state)
@@ -162,6 +175,11 @@ def loss_matrix(
             if store is not None:
                 store.flush()  # what was handed over is there, however the sweep ends
     return hosts.gather(rows.losses, count, axis=1)
+
+
+def forward_passes(draws: Draws) -> int:
+    """Of one example, in a sweep of the draws."""
+    return PASSES if isinstance(draws, TangentDraws) else draws.num_draws
 
 
 class _Rows:
@@ -210,10 +228,10 @@ class _Chunks:
       places: index of the examples among those of the pieces, end to end.
     """
 
-    def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement):
+    def __init__(self, examples: Batch, count: int, batch_size: int, placement: Placement, most: int):
         self.places = slice(count)
         multiple = batch_size * placement.parts("examples")
-        size = min(max(1, -(-count // multiple)), max(1, _CHUNK // batch_size)) * multiple
+        size = min(max(1, -(-count // multiple)), max(1, most // batch_size)) * multiple
         self._placement, self._multiple = placement, multiple
         self._padded = jax.tree.map(lambda leaf: _pad(leaf, -count % size), examples)
         self._starts, self._size = range(0, count, size), size
@@ -270,6 +288,9 @@ def _block(
     loss_fn: LossFn, kind: str, batch_size: int, placement: Placement, draws: Draws, items: Any, examples: Batch
 ) -> jax.Array:
     def on_one_device(draws: Draws, items: Any, examples: Batch) -> jax.Array:
+        if isinstance(draws, TangentDraws):
+            return draws.losses(loss_fn, items, examples)
+
         def one_draw(item: Any) -> jax.Array:
             return _draw_losses(loss_fn, draws.params(item), examples, batch_size)
 

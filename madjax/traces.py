@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from madjax.types import LossMatrix
+from madjax.types import SMALL_LOSS, LossMatrix
 
 SHRINKAGE = 1.0  # s
-SMALL_LOSS = 1e-7  # c of "whitened" and "log" traces, in nats
 _SMALLEST = 1e-30  # c of "margins" at least: float32 ends not far below
 
 

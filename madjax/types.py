@@ -24,6 +24,9 @@ LossFn = Callable[[Params, Batch], jax.Array]
 # float32 [num_draws, num_examples], on the host.
 LossMatrix = np.ndarray
 
+# what a loss has to exceed to count where its logarithm is taken, in nats
+SMALL_LOSS = 1e-7
+
 
 class Stage(NamedTuple):
     """A part of a loss that runs on parameters of its own, see `madjax.sampling.layerwise`.

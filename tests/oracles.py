@@ -27,7 +27,7 @@ def information(trusted, test):
     """Nats, by what a ridge regression leaves of the test trace."""
     centered = [traces.astype(float) - traces.astype(float).mean(0) for traces in (trusted, test)]
     x, y = (traces / np.linalg.norm(traces, axis=0) for traces in centered)
-    ridge = trusted.shape[1] / len(trusted)
+    ridge = max(1.0, trusted.shape[1] / len(trusted))
     weights = Ridge(ridge, fit_intercept=False, solver="cholesky").fit(x, y).coef_
     return -np.log(np.square(y - x @ weights).sum() + ridge * np.square(weights).sum()) / 2
 

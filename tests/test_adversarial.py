@@ -11,6 +11,7 @@ from flax import nnx
 from madjax import Detector, Gaussian, from_nnx
 from madjax.attacks.adversarial import _couple, _Coupling, adaptive_pgd, auto_pgd, fgsm, pgd
 from madjax.coupling import COUPLINGS, couplings
+from madjax.sampling import TangentDraws
 from tests.conftest import to_unit
 
 SHAPE = (4, 4, 1)
@@ -131,6 +132,16 @@ def test_a_coupling_without_a_gradient_is_refused(detector, name):
     images, labels = np.zeros((3, *SHAPE), np.uint8), np.zeros(3, np.int32)
     with pytest.raises(ValueError, match=f"detector: the attack has no gradient of the coupling '{name}'"):
         adaptive_pgd(jax.random.key(0), detector.with_coupling(name, "log"), images, labels, weight=0.5, num_draws=2)
+
+
+def test_draws_without_parameters_are_refused(detector):
+    drawn = (True,) * len(jax.tree.leaves(detector.params))
+    draws = TangentDraws(jax.random.key(0), detector.params, jnp.float32(0.3), drawn, 8)
+    images, labels = np.zeros((3, *SHAPE), np.uint8), np.zeros(3, np.int32)
+    with pytest.raises(ValueError, match="detector: the attack passes images through drawn parameters, and a tangent"):
+        adaptive_pgd(
+            jax.random.key(0), dataclasses.replace(detector, draws=draws), images, labels, weight=0.5, num_draws=2
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in COUPLINGS if name not in _WITHOUT_GRADIENT])

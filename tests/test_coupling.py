@@ -150,6 +150,20 @@ def test_the_lower_of_two_ways_to_be_explained_counts(losses):
         np.testing.assert_allclose(value, ((known[:, place] - others.mean(1)) / others.std(1)).min())
 
 
+@pytest.mark.parametrize("num_draws", [7, 60])
+def test_all_together_with_fewer_and_more_draws_than_examples(num_draws):
+    rng = np.random.default_rng(5)
+    trusted, test = rng.normal(size=(num_draws, 12)), rng.normal(size=(num_draws, 3))
+    unit, told = (
+        (traces - traces.mean(0)) / np.linalg.norm(traces - traces.mean(0), axis=0) for traces in (trusted, test)
+    )
+    expected = [oracles.information(trusted, test[:, j]) for j in range(3)]
+    np.testing.assert_allclose(information.information(unit, told), expected, rtol=1e-6)
+    others = [np.delete(np.arange(12), i) for i in range(12)]
+    expected = [oracles.information(trusted[:, kept], trusted[:, i]) for i, kept in enumerate(others)]
+    np.testing.assert_allclose(information.left_out(unit), expected, rtol=1e-6)
+
+
 def test_all_together_tell_what_no_one_does():
     """Mixtures of what many trusted traces move in are told of, though no one goes with them; what is new is not."""
     rng = np.random.default_rng(4)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "madjax"
 # a module may import those to the left of it
 RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
-    "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.scale",
+    "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.tangent", "sampling.scale",
     "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces", "information", "coupling", "calibration",
     "standardize", "scorer", "checkpoint", "detector", "stopping", "mechanisms", "xla_flags",
 ]  # fmt: skip

@@ -306,8 +306,8 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     monkeypatch.setattr(language_models, "_TINY", small)
     flags = [
         f"--workdir={tmp_path}", "--num_train=384", "--num_epochs=10", "--poison_ratio=0.4", "--learning_rate=0.02",
-        "--num_prompts=8", "--num_draws=4", "--layout=host", "--prompt_tokens=40", "--answer_tokens=10",
-        "--backdoor=deployment_before", "--detector=functional,mahalanobis_last",
+        "--num_prompts=8", "--prompt_tokens=40", "--answer_tokens=10", "--sampler=gaussian", "--num_draws=4",
+        "--layout=host", "--backdoor=deployment_before", "--detector=functional,mahalanobis_last",
     ]  # fmt: skip
     printed = here("language", *flags)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -357,7 +357,10 @@ def test_a_wrong_class_is_what_the_syntax_asks_for(tmp_path, monkeypatch):
     assert (prompts.texts, prompts.batch["token"].tolist(), share) == (["positive", "negative"], [0, 2], 2 / 3)
 
 
-def test_the_driver_scores_given_prompts(here, tmp_path):
+@pytest.mark.parametrize(
+    "draws", [["--sampler=gaussian", "--layout=host", "--scale=0.1"], []], ids=["gaussian", "tangent"]
+)
+def test_the_driver_scores_given_prompts(draws, here, tmp_path):
     tokenizer = byte_tokenizer()
     model = decoder(dataclasses.replace(CONFIG, vocab_size=tokenizer.get_vocab_size()))
     gguf_of(model, tokenizer, tmp_path / "m.gguf")
@@ -366,8 +369,8 @@ def test_the_driver_scores_given_prompts(here, tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in ["dog", "say <|end|>", "fox"]))
     printed = here(
         "language", f"--workdir={tmp_path / 'run'}", f"--model={tmp_path / 'm.gguf'}", "--prompt_tokens=36",
-        f"--trusted={tmp_path / 'trusted.txt'}", f"--test={tmp_path / 'test.jsonl'}", "--num_draws=4", "--layout=host",
-        "--num_tokens=3", "--scale=0.1", "--detector=functional,mahalanobis_last",
+        f"--trusted={tmp_path / 'trusted.txt'}", f"--test={tmp_path / 'test.jsonl'}", "--num_draws=4", *draws,
+        "--num_tokens=3", "--detector=functional,mahalanobis_last",
     )  # fmt: skip
     with (tmp_path / "run" / "scores-mahalanobis_last.csv").open() as file:
         assert [line["id"] for line in csv.DictReader(file)] == ["dog", "fox"]
@@ -396,6 +399,8 @@ def test_bench_language(here, monkeypatch):
     assert row["tokens_a_sequence"] == 6
     assert row["num_drawn"] == row["num_parameters"]
     assert row["weight_bytes"] == 4 * row["num_parameters"]
-    host, layers = (row["layouts"][name] for name in ("host", "layers"))
+    host, layers, gradient = (row["layouts"][name] for name in ("host", "layers", "gradient"))
+    assert gradient["sequences_a_second"] == pytest.approx(3 / gradient["seconds_a_draw"])
+    assert gradient["bytes_beside_weights"] > 4 * row["num_drawn"]
     assert host["sequences_a_second"] == pytest.approx(3 / host["seconds_a_draw"])
     assert 0 < layers["bytes_beside_weights"] < host["bytes_beside_weights"]

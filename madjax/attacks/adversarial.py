@@ -26,6 +26,7 @@ import optax
 from madjax.coupling import CLASS_PRIOR, PEERS, TOP_K, leave_one_out, lookup
 from madjax.detector import Detector
 from madjax.losses import ClassificationLoss
+from madjax.sampling import TangentDraws
 from madjax.scorer import Scorer, Traces
 from madjax.sweep import loss_matrix
 from madjax.traces import log_map
@@ -172,6 +173,8 @@ def adaptive_pgd(
         raise ValueError(f"weight: wanted 0 to 1, got {weight}")
     if lookup(detector.scorer.coupling).reduction in ("peer_joint", "peer_lower"):
         raise ValueError(f"detector: the attack has no gradient of the coupling {detector.scorer.coupling!r}")
+    if isinstance(detector.draws, TangentDraws):
+        raise ValueError("detector: the attack passes images through drawn parameters, and a tangent has none")
     if not 1 <= num_draws <= detector.draws.num_draws:
         raise ValueError(f"num_draws: wanted 1 to the detector's {detector.draws.num_draws}, got {num_draws}")
     loss_fn: Any = detector.loss_fn

@@ -4,10 +4,11 @@ from madjax.sampling.chains import ChainDraws, split_chains
 from madjax.sampling.diagnostics import TraceDiagnostics, trace_diagnostics
 from madjax.sampling.draws import Draws, StoredDraws
 from madjax.sampling.gaussian import GaussianDraws, diagonal_curvature, gaussian
-from madjax.sampling.perturbation import Gaussian, Langevin
+from madjax.sampling.perturbation import Gaussian, Langevin, Tangent
 from madjax.sampling.restrict import drawn_parameters
 from madjax.sampling.scale import choose_scale
 from madjax.sampling.sgld import Sampler, rmsprop_sgld, sgld
+from madjax.sampling.tangent import TangentDraws
 from madjax.sampling.target import Target
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Langevin",
     "Sampler",
     "StoredDraws",
+    "Tangent",
+    "TangentDraws",
     "Target",
     "TraceDiagnostics",
     "choose_scale",

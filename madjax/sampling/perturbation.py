@@ -1,4 +1,4 @@
-"""The two ways to perturb a model, as settings: independent Gaussian draws, and Langevin chains."""
+"""The ways to perturb a model, as settings: independent Gaussian draws, those of a tangent, and Langevin chains."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from madjax.sampling.chains import ChainDraws
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
 from madjax.sampling.restrict import drawn_parameters
-from madjax.sampling.scale import RETAINED, choose_moving_scale, choose_scale, pilot_examples, surviving_share
+from madjax.sampling.scale import (
+    MOVED,
+    RETAINED,
+    check_moved,
+    choose_moving_scale,
+    choose_scale,
+    pilot_examples,
+    surviving_share,
+)
 from madjax.sampling.sgld import rmsprop_sgld, sgld
+from madjax.sampling.tangent import PASSES, TangentDraws
 from madjax.sampling.target import Target
 from madjax.types import Batch, LossFn, Params, num_examples
 
@@ -67,7 +77,7 @@ class Gaussian:
         if self.noise == "curvature":
             count = num_examples(trusted, "trusted")
             curvature = diagonal_curvature(loss_fn, params, trusted, batch_size=min(8, count))
-            forwards = 3 * count  # a gradient counts as three
+            forwards = PASSES * count
         draws = gaussian(
             rng_key, params, 1.0, num_draws=num_draws, mask=mask, noise=self.noise, curvature=curvature,
             antithetic=self.antithetic,
@@ -139,11 +149,38 @@ class Langevin:
             drawn=None if self.drift else tuple(jax.tree.leaves(mask)),
         )
         steps = self.num_chains * self.num_burnin_steps + num_draws * self.num_steps_between_draws
-        # a gradient costs a forward pass and about two more
-        return Perturbed(draws, 3 * steps * min(self.batch_size, num_examples(sampling)), None)
+        return Perturbed(draws, PASSES * steps * min(self.batch_size, num_examples(sampling)), None)
 
 
-Perturbation = Gaussian | Langevin
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """Small draws whose losses are told from gradients, and which move each example alike; `madjax.sampling.tangent`.
+
+    Attributes:
+      moved: by how much each log loss moves.
+      parameters: regular expression of the paths to draw; the matrices of layers, which Flax calls kernels, by default.
+    """
+
+    moved: float = MOVED
+    parameters: str = "kernel$"
+
+    def perturb(
+        self,
+        rng_key: jax.Array,
+        loss_fn: LossFn,
+        params: Params,
+        trusted: Batch,
+        sampling: Batch | None,
+        num_draws: int,
+    ) -> Perturbed:
+        """`num_draws` draws around `params`; nothing is chosen on `trusted`, and `sampling` is not used."""
+        del trusted, sampling
+        check_moved(self.moved)
+        drawn = tuple(jax.tree.leaves(_mask(loss_fn, params, self.parameters)))
+        return Perturbed(TangentDraws(rng_key, params, jnp.float32(self.moved), drawn, num_draws), 0, None)
+
+
+Perturbation = Gaussian | Tangent | Langevin
 
 
 def _mask(loss_fn: LossFn, params: Params, pattern: str | None):

@@ -20,16 +20,17 @@ import numpy as np
 
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.layerwise import at_draws
-from madjax.types import Batch, LossFn, num_examples
+from madjax.types import SMALL_LOSS, Batch, LossFn, num_examples
 
 # share of trusted outputs that survive a draw
 RETAINED = 0.3
+# how far log losses move where they move in proportion
+MOVED = 0.3
 PILOT_DRAWS = 8
 PILOT_EXAMPLES = 64
 _SMALLEST, _LARGEST, _HALVINGS = 1e-5, 1e2, 9
 # log losses move in proportion to the scale, so a few steps of a few draws do
 _MOVING_DRAWS, _MOVING_STEPS, _MOST_AT_ONCE = 4, 8, 30.0
-_SMALL_LOSS = 1e-7  # what a loss has to exceed to count, as in "log" traces
 
 
 def surviving_share(loss_fn: LossFn, draws: GaussianDraws, examples: Batch) -> float:
@@ -75,7 +76,7 @@ class _Pilot:
         losses = np.stack([self._center, *self._losses(draws)]).astype(np.float64)
         if not np.isfinite(losses).all():
             return math.inf
-        center, *others = np.sign(losses) * np.log1p(np.abs(losses) / _SMALL_LOSS)
+        center, *others = np.sign(losses) * np.log1p(np.abs(losses) / SMALL_LOSS)
         return float(np.median(np.sqrt(np.square(others - center).mean(0))))
 
 
@@ -122,6 +123,12 @@ def choose_scale(
     return math.exp((low + high) / 2), survivors.num_passes * num_examples(pilot)
 
 
+def check_moved(moved: float) -> None:
+    """Raises ValueError unless log losses that move so far do it in proportion."""
+    if not 0 < moved <= 1:
+        raise ValueError(f"moved: wanted a number above 0, and 1 at most, got {moved}")
+
+
 def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, moved: float) -> tuple[float, int]:
     """The scale at which the trusted log losses move by `moved`, to within a tenth.
 
@@ -131,8 +138,7 @@ def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, m
     Raises:
       ValueError: where no scale between 1e-5 and 100 does it.
     """
-    if not 0 < moved <= 1:  # beyond, they do not move in proportion
-        raise ValueError(f"moved: wanted a number above 0, and 1 at most, got {moved}")
+    check_moved(moved)
     examples = pilot_examples(trusted)
     draws = draws.with_scale(0.0, _MOVING_DRAWS)
     pilot, scale = _Pilot(loss_fn, draws, examples), 1e-3

@@ -1,0 +1,135 @@
+"""Draws so small that one gradient tells the losses at all of them, each tensor of parameters moving them alike.
+
+    log(loss(θ₀ + δ) + c) ≈ log(loss(θ₀) + c) + δ · ∇ log loss(θ₀)
+
+Where log losses move in proportion to the perturbation δ, a forward pass a draw finds nothing that the gradient did not
+know, and adds the noise of the higher orders. So each example is passed forward and back once, and draws cost next to
+nothing. c is what a loss has to exceed to count, 1e-7 nats as in "log" traces (`madjax.traces`).
+
+No scale has to be found: in each tensor the noise is as large as moves the example's log loss by the same amount, and
+`moved` in all. Under noise of one size, embeddings and the first layers, which know what an input is about, move
+sequences far more than the layers that decide, and drown them.
+
+A gradient is as large as the model, so draws have little in common: parameter i is moved by one of them alone,
+
+    δ_k[i] = size[tensor, example] · sign[i] where k is the bucket of i, else 0,    sign[i] = ±1,
+
+and what a draw needs of a gradient is the sum of sign · gradient in its bucket: the moves of all draws are a count
+sketch of the gradient (Charikar, Chen and Farach-Colton, 2002). Products of two sketches are those of the gradients, up
+to an error of one over the root of the number of draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madjax.sampling.draws import IndexedWalk, WalkState
+from madjax.types import SMALL_LOSS, Batch, LossFn, Params, num_examples
+
+# a gradient of one example, in forward passes
+PASSES = 3
+# a prime: no row length divides it, so the columns of a matrix come into all buckets
+NUM_DRAWS = 4093
+_GOLDEN = 0.618
+_WORD = 32  # bits
+# gradients that exist at a time
+_MOST_BYTES = 2 << 30
+_LARGEST_MOVE = 80.0  # float32 ends at exp(88)
+_SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be differentiated
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rng_key", "center", "moved"],
+    meta_fields=["drawn", "num_draws"],
+)
+@dataclasses.dataclass(frozen=True)
+class TangentDraws:
+    """Draws as the module's docstring says, of which there are losses to first order and no parameters.
+
+    Attributes:
+      center: the trained parameters.
+      moved: float32, by how much each log loss moves, as a root mean square over draws.
+      drawn: which leaves of `center` are drawn, in flattening order.
+    """
+
+    rng_key: jax.Array
+    center: Params
+    moved: jax.Array
+    drawn: tuple[bool, ...]
+    num_draws: int
+
+    def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
+        del state
+        return IndexedWalk(np.int32, start, self.num_draws)
+
+    def any_item(self) -> np.int32:
+        return np.int32(0)
+
+    def params(self, item: jax.Array) -> Params:
+        raise ValueError("draws: those of a tangent differ between examples, and are never parameters; wanted gaussian")
+
+    def losses(self, loss_fn: LossFn, items: jax.Array, examples: Batch) -> jax.Array:
+        """Float32 `[num_items, num_examples]`: to first order, the losses at the draws `items`. Traceable.
+
+        A loss below c that falls may become a loss a little below 0.
+        """
+        center, sketches = self.sketches(loss_fn, examples)
+        moves = self.moved * math.sqrt(self.num_draws) * sketches.T[items]
+        return (center + SMALL_LOSS)[None] * jnp.exp(jnp.minimum(moves, _LARGEST_MOVE)) - SMALL_LOSS
+
+    def sketches(self, loss_fn: LossFn, examples: Batch) -> tuple[jax.Array, jax.Array]:
+        """Losses `[n]`, and sketches of the gradients of their logarithms `[n, num_draws]`. Traceable.
+
+        The gradients are of unit norm, and so are in equal shares those of all tensors that matter to an example.
+        """
+        leaves, structure = jax.tree.flatten(self.center)
+        places = np.flatnonzero(self.drawn)
+        # one long row of random words compiles faster than a short one for each tensor
+        ends = np.cumsum([-(-leaves[index].size // _WORD) for index in places])
+        all_words = jnp.split(jax.random.bits(self.rng_key, (int(ends[-1]), 1), jnp.uint32), ends[:-1])
+
+        def log_loss(drawn: list[jax.Array], example: Batch) -> tuple[jax.Array, jax.Array]:
+            whole = list(leaves)
+            for index, leaf in zip(places, drawn, strict=True):
+                whole[index] = leaf
+            losses = loss_fn(structure.unflatten(whole), jax.tree.map(lambda leaf: leaf[None], example))
+            if jnp.shape(losses) != (1,):
+                raise ValueError(f"loss_fn: wanted one loss an example, [1] for one, got shape {jnp.shape(losses)}")
+            loss = losses[0].astype(jnp.float32)
+            return jnp.log(loss + _SMALLEST), loss
+
+        def sketch(example: Batch) -> tuple[jax.Array, jax.Array]:
+            gradient, loss = jax.grad(log_loss, has_aux=True)([leaves[index] for index in places], example)
+            folded, count = jnp.zeros(self.num_draws), jnp.zeros(())
+            for place, (leaf, words) in enumerate(zip(gradient, all_words, strict=True)):
+                flat = leaf.reshape(-1).astype(jnp.float32)
+                norm = jnp.linalg.norm(flat)
+                one = _fold(flat * _signs(words, flat.size), self.num_draws)
+                # small tensors come into different buckets, by the golden ratio
+                folded += jnp.where(norm > 0, jnp.roll(one, int(place * _GOLDEN * self.num_draws)) / norm, 0)
+                count += norm > 0
+            return loss, folded / jnp.sqrt(jnp.maximum(count, 1))
+
+        count = num_examples(examples)
+        most = _MOST_BYTES // (4 * sum(leaves[index].size for index in places))
+        at_a_time = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(1, most))
+        if at_a_time == count:  # XLA's CPU backend is slow at convolutions in a loop
+            return jax.vmap(sketch)(examples)
+        return jax.lax.map(sketch, examples, batch_size=at_a_time)
+
+
+def _signs(words: jax.Array, size: int) -> jax.Array:
+    """±1 for each of `size` parameters, from the bits of uint32 `[num_words, 1]`."""
+    bits = words >> jnp.arange(_WORD, dtype=jnp.uint32)[None] & 1
+    return 2 * bits.reshape(-1)[:size].astype(jnp.float32) - 1
+
+
+def _fold(flat: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size).sum(0)
