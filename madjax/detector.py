@@ -15,7 +15,7 @@ import numpy as np
 from madjax import calibration, checkpoint, hosts
 from madjax.coupling import DEFAULT, lookup
 from madjax.sampling.diagnostics import ensure_finite
-from madjax.sampling.draws import Draws, RecordedDraws, StoredDraws
+from madjax.sampling.draws import Draws, NumberedDraws, RecordedDraws, StoredDraws
 from madjax.sampling.gaussian import GaussianDraws
 from madjax.sampling.perturbation import Gaussian, Perturbation, check_labels
 from madjax.sampling.restrict import path_names
@@ -138,7 +138,7 @@ class Detector:
             store = _store(workdir, given, settings, split, _classes(examples))
         perturbed = perturbation.perturb(rng_key, loss_fn, params, trusted, sampling, num_draws)
         draws = perturbed.draws
-        if test is None and not isinstance(draws, GaussianDraws | TangentDraws):
+        if test is None and not isinstance(draws, NumberedDraws):
             # a chain is walked once and kept; the others come back from their key
             draws = RecordedDraws(draws)
         losses = loss_matrix(
@@ -219,7 +219,7 @@ class Detector:
         Raises:
           ValueError: where `path` exists already, or the chains were not kept.
         """
-        if not isinstance(self.draws, GaussianDraws | TangentDraws | StoredDraws):
+        if not isinstance(self.draws, NumberedDraws | StoredDraws):
             raise ValueError("test: a detector of chains that was fitted together with test examples cannot be saved")
         scorer = self.scorer
         settings = {

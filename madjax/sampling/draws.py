@@ -84,6 +84,17 @@ class IndexedWalk:
         return {}
 
 
+class NumberedDraws:
+    """Draws that come back from a key and their number, which is all that their items are."""
+
+    def items(self: Draws, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
+        del state
+        return IndexedWalk(np.int32, start, self.num_draws)
+
+    def any_item(self) -> np.int32:
+        return np.int32(0)
+
+
 # a leafless pytree: inside the compiled sweep an item already is the parameters
 @functools.partial(jax.tree_util.register_static)
 @dataclasses.dataclass(frozen=True, eq=False)

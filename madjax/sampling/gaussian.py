@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madjax.sampling.draws import IndexedWalk, WalkState
+from madjax.sampling.draws import NumberedDraws
 from madjax.types import Batch, LossFn, Params
 
 Noise = Literal["absolute", "relative", "curvature"]
@@ -29,7 +29,7 @@ Noise = Literal["absolute", "relative", "curvature"]
     meta_fields=["drawn", "antithetic"],
 )
 @dataclasses.dataclass(frozen=True)
-class GaussianDraws:
+class GaussianDraws(NumberedDraws):
     """Gaussian draws; see the module's docstring.
 
     Attributes:
@@ -58,13 +58,6 @@ class GaussianDraws:
         """The same noise, multiplied by `scale`; `num_draws` of them where given."""
         scales = jnp.full((num_draws or self.num_draws,), scale, jnp.float32)
         return dataclasses.replace(self, scales=scales)
-
-    def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
-        del state
-        return IndexedWalk(np.int32, start, self.num_draws)
-
-    def any_item(self) -> np.int32:
-        return np.int32(0)
 
     def params(self, item: jax.Array) -> Params:
         scale = self.scales[item]

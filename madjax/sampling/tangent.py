@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madjax.sampling.draws import IndexedWalk, WalkState
+from madjax.sampling.draws import NumberedDraws
 from madjax.types import SMALL_LOSS, Batch, LossFn, Params, num_examples
 
 # a gradient of one example, in forward passes
@@ -50,7 +50,7 @@ _SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be dif
     meta_fields=["drawn", "num_draws"],
 )
 @dataclasses.dataclass(frozen=True)
-class TangentDraws:
+class TangentDraws(NumberedDraws):
     """Draws as the module's docstring says, of which there are losses to first order and no parameters.
 
     Attributes:
@@ -64,13 +64,6 @@ class TangentDraws:
     moved: jax.Array
     drawn: tuple[bool, ...]
     num_draws: int
-
-    def items(self, start: int = 0, state: WalkState | None = None) -> IndexedWalk:
-        del state
-        return IndexedWalk(np.int32, start, self.num_draws)
-
-    def any_item(self) -> np.int32:
-        return np.int32(0)
 
     def params(self, item: jax.Array) -> Params:
         raise ValueError("draws: those of a tangent differ between examples, and are never parameters; wanted gaussian")
