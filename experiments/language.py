@@ -78,7 +78,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
 common.define_detection_flags()
 # sequences have no classes, and are longer than images
-flags.FLAGS.set_default("coupling", ["peer_lower", "peer_ccc", "peer_information", "topk_ccc"])
+flags.FLAGS.set_default("coupling", ["peer_information", "peer_ccc", "topk_ccc"])
 # what all share under a draw is what a hidden backdoor lacks, see docs/choosing-the-scale.md
 flags.FLAGS.set_default("traces", "log")
 flags.FLAGS.set_default("moved", 0.3)

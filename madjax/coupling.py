@@ -20,8 +20,8 @@ one number. Moments are population moments over draws, computed in float64. What
   are between a difference, in which a usual example that is odd among well explained ones is as far out as one that
   nothing explains, and a quotient.
 - `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
-  nats. It knows shape alone, and the nearest of `peer_ccc` know height as well: `peer_lower` is the lower of the two,
-  each in standard deviations from the trusted mean, as what is explained must be so in both.
+  nats, which fade as the peers' heights lie farther away. Where draws move one part of the model at a time, what they
+  tell of each part is added up.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
   Without classes, `peer_ccc`'s way.
 
@@ -39,12 +39,14 @@ from madjax import information
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint", "peer_lower"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
 CLASS_PRIOR = 20
 PEERS = 40
+# standard deviations of trusted heights
+FADE = 5.0
 # pair matrices are made for this many entries at a time
 _BLOCK_ENTRIES = 4_000_000
 # peers are sought among so many of the trusted examples, or all
@@ -71,7 +73,6 @@ COUPLINGS = {
     "cluster_ccc": Coupling("ccc", "cluster"),
     "peer_ccc": Coupling("ccc", "peer"),
     "peer_information": Coupling("correlation", "peer_joint"),
-    "peer_lower": Coupling("ccc", "peer_lower"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -84,24 +85,32 @@ def lookup(name: str) -> Coupling:
 
 
 def couplings(
-    name: str, trusted: LossMatrix, test: LossMatrix, trusted_classes: np.ndarray | None = None
+    name: str,
+    trusted: LossMatrix,
+    test: LossMatrix,
+    trusted_classes: np.ndarray | None = None,
+    *,
+    num_parts: int = 1,
 ) -> np.ndarray:
     """Float64 `[num_test]`: the coupling `name` of every test example with the trusted set, not standardized.
 
     Args:
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
       trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` and `topk_class_*` alone.
+      num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information` alone.
     """
-    _check(trusted, test)
-    return _reduce(lookup(name), trusted, test, trusted_classes, leave_one_out=False)
+    _check(trusted, test, num_parts)
+    return _reduce(lookup(name), trusted, test, trusted_classes, num_parts, leave_one_out=False)
 
 
-def leave_one_out(name: str, trusted: LossMatrix, trusted_classes: np.ndarray | None = None) -> np.ndarray:
+def leave_one_out(
+    name: str, trusted: LossMatrix, trusted_classes: np.ndarray | None = None, *, num_parts: int = 1
+) -> np.ndarray:
     """Float64 `[num_trusted]`: the coupling of every trusted example with the others."""
-    _check(trusted, trusted)
+    _check(trusted, trusted, num_parts)
     if trusted.shape[1] < 2:
         raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
-    return _reduce(lookup(name), trusted, trusted, trusted_classes, leave_one_out=True)
+    return _reduce(lookup(name), trusted, trusted, trusted_classes, num_parts, leave_one_out=True)
 
 
 def pairs(pair: Pair, trusted: LossMatrix, test: LossMatrix) -> np.ndarray:
@@ -121,7 +130,7 @@ def nearest(name: str, trusted: LossMatrix, test: LossMatrix, count: int = 3) ->
     return indices.T, values.T
 
 
-def _check(trusted: LossMatrix, test: LossMatrix) -> None:
+def _check(trusted: LossMatrix, test: LossMatrix, num_parts: int = 1) -> None:
     if trusted.ndim != 2 or test.ndim != 2 or len(trusted) != len(test):
         raise ValueError(
             f"test: wanted the draws of the trusted matrix, [num_draws, num_examples], got {test.shape} beside trusted "
@@ -129,10 +138,18 @@ def _check(trusted: LossMatrix, test: LossMatrix) -> None:
         )
     if 0 in trusted.shape:
         raise ValueError(f"trusted: wanted at least one draw and one example, got {trusted.shape}")
+    if num_parts < 1 or len(trusted) % num_parts:
+        raise ValueError(f"num_parts: wanted a divisor of the {len(trusted)} draws, got {num_parts}")
 
 
 def _reduce(
-    coupling: Coupling, trusted: LossMatrix, test: LossMatrix, classes: np.ndarray | None, *, leave_one_out: bool
+    coupling: Coupling,
+    trusted: LossMatrix,
+    test: LossMatrix,
+    classes: np.ndarray | None,
+    num_parts: int,
+    *,
+    leave_one_out: bool,
 ) -> np.ndarray:
     pair, reduction, standardized = coupling
     if reduction == "mean":
@@ -141,10 +158,10 @@ def _reduce(
         return _group_means(pair, trusted, test, _members(trusted, classes), leave_one_out=leave_one_out)
     if reduction == "cluster":
         return _group_means(pair, trusted, test, _members(trusted, classes), CLASS_PRIOR, leave_one_out=leave_one_out)
-    if reduction == "peer_lower":
-        return _lower_of_peers(trusted, test, leave_one_out=leave_one_out)
-    if reduction.startswith("peer") or (standardized and classes is None):
-        return _peer(pair, trusted, test, joint=reduction == "peer_joint", leave_one_out=leave_one_out)
+    if reduction == "peer_joint":
+        return _peer_information(trusted, test, num_parts, leave_one_out=leave_one_out)
+    if reduction == "peer" or (standardized and classes is None):
+        return _peer_nearest(pair, trusted, test, leave_one_out=leave_one_out)
     result = _top_k(pair, trusted, test, leave_one_out=leave_one_out)
     if reduction == "topk" or classes is None:
         return result
@@ -215,68 +232,77 @@ def _top_k(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: 
     return _highest(pair, trusted, test, min(TOP_K, num_trusted - leave_one_out), places)[1].mean(0)
 
 
-def _peer(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, joint: bool, leave_one_out: bool) -> np.ndarray:
-    from sklearn.neighbors import NearestNeighbors  # takes a second to import, and few couplings need it
+class _Peers(NamedTuple):
+    """Trusted examples whose traces are nearest in height.
 
-    num_trusted = trusted.shape[1]
-    if num_trusted < 2 + leave_one_out:
-        raise ValueError(
-            f"trusted: wanted two examples at least for a peer coupling, beside any left out, got {num_trusted}"
-        )
-    places = np.arange(num_trusted) if leave_one_out else None
-    asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
-    known, heights = (np.asarray(traces, np.float64).mean(0)[:, None] for traces in (trusted[:, asked], test))
-    finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(known)
-    peers = finder.kneighbors(heights, return_distance=False)
-    if places is not None:  # itself, or the farthest, is none
-        order = np.argsort(asked[peers] == places[:, None], axis=1, kind="stable")
-        peers = np.take_along_axis(peers, order, axis=1)[:, :-1]
-    if joint:
-        values, own = _information(trusted, test, asked, peers, leave_one_out=leave_one_out)
-        return values - own.mean(1)
-    values, own = _nearest_with(pair, trusted, test, asked, peers, places)
-    return _root(values) - _root(own.mean(1))
+    Attributes:
+      asked: indices of the trusted examples among whom they are sought.
+      index: `[num_test, num_peers]` into `asked`.
+      distance: `[num_test, num_peers]`, in height, in standard deviations of the trusted ones.
+      places: where each test example itself lies among the trusted, to be left out; None where it does not.
+    """
+
+    asked: np.ndarray
+    index: np.ndarray
+    distance: np.ndarray
+    places: np.ndarray | None
+
+    @classmethod
+    def find(cls, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> _Peers:
+        from sklearn.neighbors import NearestNeighbors  # takes a second to import, and few couplings need it
+
+        num_trusted = trusted.shape[1]
+        if num_trusted < 2 + leave_one_out:
+            raise ValueError(
+                f"trusted: wanted two examples at least for a peer coupling, beside any left out, got {num_trusted}"
+            )
+        places = np.arange(num_trusted) if leave_one_out else None
+        asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
+        known, heights = (np.asarray(traces, np.float64).mean(0) for traces in (trusted, test))
+        finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(known[asked, None])
+        index = finder.kneighbors(heights[:, None], return_distance=False)
+        if places is not None:  # itself, or the farthest, is none
+            order = np.argsort(asked[index] == places[:, None], axis=1, kind="stable")
+            index = np.take_along_axis(index, order, axis=1)[:, :-1]
+        spread = _deviation(known, leave_one_out=leave_one_out)
+        distance = np.abs(known[asked][index] - heights[:, None])
+        return cls(asked, index, np.divide(distance, spread, out=np.zeros_like(distance), where=spread > 0), places)
 
 
-def _information(
-    trusted: LossMatrix, test: LossMatrix, asked: np.ndarray, peers: np.ndarray, *, leave_one_out: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """`[num_test]` of the test examples, and `[num_test, num_peers]` of their peers, indices into `asked`."""
-    directions = _scaled("correlation", _moments(trusted))
-    if leave_one_out:
-        own = information.pairs_left_out(directions, asked)
-        return information.left_out(directions), np.take_along_axis(own, peers, axis=1)
-    own = information.left_out(directions)[asked]
-    return information.information(directions, _scaled("correlation", _moments(test))), own[peers]
+def _deviation(values: np.ndarray, *, leave_one_out: bool) -> np.ndarray:
+    """The standard deviation, `[1, 1]`, or that of all but each, `[num, 1]`."""
+    centered = values - values.mean()
+    out, count = (centered, len(values) - 1) if leave_one_out else (np.zeros(1), len(values))
+    variance = (np.square(centered).sum() - np.square(out)) / count - np.square((centered.sum() - out) / count)
+    return np.sqrt(np.maximum(variance, 0))[:, None]
 
 
-def _nearest_with(
-    pair: Pair, trusted: LossMatrix, test: LossMatrix, asked: np.ndarray, peers: np.ndarray, places: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `_information`, of the nearest; `places` as for `_highest`."""
-    is_left_out = places is not None
-    count = min(TOP_K, trusted.shape[1] - 1 - is_left_out)
+def _peer_information(trusted: LossMatrix, test: LossMatrix, num_parts: int, *, leave_one_out: bool) -> np.ndarray:
+    peers = _Peers.find(trusted, test, leave_one_out=leave_one_out)
+    values, of_peers = np.zeros((2, test.shape[1]))
+    for known, told in zip(*(np.split(traces, num_parts) for traces in (trusted, test)), strict=True):
+        directions = _scaled("correlation", _moments(known))
+        if leave_one_out:
+            values += information.left_out(directions)
+            own = np.take_along_axis(information.pairs_left_out(directions, peers.asked), peers.index, axis=1)
+        else:
+            values += information.information(directions, _scaled("correlation", _moments(told)))
+            own = information.left_out(directions)[peers.asked][peers.index]
+        of_peers += own.mean(1)
+    # where nobody is as sure or unsure, shape alone proves little
+    return values * np.exp(-np.square(peers.distance / FADE) / 2).mean(1) - of_peers
+
+
+def _peer_nearest(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
+    asked, peers, _, places = _Peers.find(trusted, test, leave_one_out=leave_one_out)
+    count = min(TOP_K, trusted.shape[1] - 1 - leave_one_out)
     # one more than count, who moves up where one of them is left out
-    indices, values = _highest(pair, trusted, trusted[:, asked], count + is_left_out, asked)
+    indices, values = _highest(pair, trusted, trusted[:, asked], count + leave_one_out, asked)
     own = values[:count].mean(0)[peers]
     if places is not None:
         left_out = indices[:count, peers] == places[:, None]
         own += np.where(left_out, values[count, peers] - values[:count, peers], 0).sum(0) / count
-    return _highest(pair, trusted, test, count, places)[1].mean(0), own
-
-
-def _lower_of_peers(trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
-    ways: list[tuple[Pair, bool]] = [("ccc", False), ("correlation", True)]
-    lower = np.full(test.shape[1], np.inf)
-    for pair, joint in ways:
-        known = _peer(pair, trusted, trusted, joint=joint, leave_one_out=True)
-        values = known if leave_one_out else _peer(pair, trusted, test, joint=joint, leave_one_out=False)
-        # none is in the moments that it is held against
-        left_out, count = (known, len(known) - 1) if leave_one_out else (0.0, len(known))
-        mean = (known.sum() - left_out) / count
-        variance = (np.square(known).sum() - np.square(left_out)) / count - np.square(mean)
-        lower = np.minimum(lower, (values - mean) / np.sqrt(np.maximum(variance, np.finfo(float).tiny)))
-    return lower
+    return _root(_highest(pair, trusted, test, count, places)[1].mean(0)) - _root(own.mean(1))
 
 
 def _root(values: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ class Detector:
           sampling: examples with *true* labels for chains to train on; not needed for Gaussian draws.
           workdir: folder where the losses are kept block by block. After an interruption the same call goes on from
             there, to the same result; `madjax.open_traces` reads them.
-          num_draws: draws in all.
+          num_draws: draws in all; of a tangent, of each tensor.
           coupling: a name in `madjax.coupling.COUPLINGS`.
           model_shards: over how many devices the parameters are split, see `loss_matrix`.
 
@@ -145,11 +145,15 @@ class Detector:
             loss_fn, draws, examples, layout=layout, batch_size=batch_size, model_shards=model_shards, store=store,
             progress=progress,
         )  # fmt: skip
+        scorer = Scorer.fit(
+            losses[:, :count], _classes(trusted), coupling=coupling, traces=traces,
+            num_parts=getattr(draws, "num_parts", 1),
+        )  # fmt: skip
         return cls(
             loss_fn,
             params,
             draws.stored() if isinstance(draws, RecordedDraws) else draws,
-            Scorer.fit(losses[:, :count], _classes(trusted), coupling=coupling, traces=traces),
+            scorer,
             fpr,
             per_class,
             perturbed.scale,
@@ -210,7 +214,10 @@ class Detector:
 
     def with_coupling(self, coupling: str, traces: Traces) -> Detector:
         """The same draws and losses under another coupling."""
-        scorer = Scorer.fit(self.scorer.trusted, self.scorer.trusted_classes, coupling=coupling, traces=traces)
+        known = self.scorer
+        scorer = Scorer.fit(
+            known.trusted, known.trusted_classes, coupling=coupling, traces=traces, num_parts=known.num_parts
+        )
         return dataclasses.replace(self, scorer=scorer)
 
     def save(self, path: str | Path) -> None:
@@ -235,7 +242,7 @@ class Detector:
         if scorer.trusted_classes is not None:
             arrays["trusted_classes"] = scorer.trusted_classes
         if scorer.trace_map is not None:
-            arrays["trace_map"] = dict(scorer.trace_map._asdict())
+            arrays["trace_map"] = {name: x for name, x in scorer.trace_map._asdict().items() if x is not None}
         if isinstance(self.draws, GaussianDraws):
             settings |= {"drawn": list(self.draws.drawn), "antithetic": self.draws.antithetic}
             arrays["gaussian"] = {
@@ -244,7 +251,7 @@ class Detector:
                 "unit": dict(enumerate(self.draws.unit)),
             }
         elif isinstance(self.draws, TangentDraws):
-            settings |= {"drawn": list(self.draws.drawn), "num_draws": self.draws.num_draws}
+            settings |= {"drawn": list(self.draws.drawn), "draws_of_each": self.draws.draws_of_each}
             arrays["tangent"] = {"rng_key": jax.random.key_data(self.draws.rng_key), "moved": self.draws.moved}
         else:
             arrays["stored"] = dict(enumerate(jax.tree.leaves(self.draws.stacked)))
@@ -274,7 +281,7 @@ class Detector:
             saved = arrays["tangent"]
             draws = TangentDraws(
                 jax.random.wrap_key_data(jnp.asarray(saved["rng_key"])), params, jnp.asarray(saved["moved"]),
-                tuple(settings["drawn"]), settings["num_draws"],
+                tuple(settings["drawn"]), settings["draws_of_each"],
             )  # fmt: skip
         else:
             draws = StoredDraws(jax.tree.unflatten(jax.tree.structure(params), _in_order(arrays["stored"])))
@@ -286,7 +293,10 @@ class Detector:
             arrays.get("trusted_classes"),
             arrays["trusted_couplings"],
             # what was saved before least was part of the map had this one
-            None if trace_map is None else TraceMap(trace_map["mean"], trace_map["root"], trace_map.get("least", 1e-5)),
+            None
+            if trace_map is None
+            else TraceMap(trace_map["mean"], trace_map.get("root"), trace_map.get("least", 1e-5)),
+            getattr(draws, "num_parts", 1),
         )
         return cls(loss_fn, params, draws, scorer, *(settings[name] for name in _SAVED))
 

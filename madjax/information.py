@@ -2,8 +2,9 @@
 
 1 - R² is the share of a trace's variance over draws that a ridge regression on the trusted traces leaves: of unit
 traces z and A `[D, num_trusted]`, the least |z - A w|² + λ |w|² over w, which is z' (A A' / λ + I)^-1 z. As more of
-them than draws would explain anything, λ is the mean of the eigenvalues of A A' that are not zero by their number, as
-the shrinkage of `madjax.traces` has it.
+them than draws would explain anything, λ goes with the mean of the eigenvalues of A A' that are not zero by their
+number. Where trusted traces are alike, a few eigenvalues make that mean, so λ is a share of it; a third and three times
+as much find nearly as much (`docs/choosing-the-scale.md`).
 
 Where the nearest traces tell whether somebody moves as this one does, all together tell whether it moves in directions
 that trusted ones move in at all: an output that rests on what many have in part is explained, though by no one alone.
@@ -14,6 +15,8 @@ Traces here are centered, of unit norm, or zero where no draw moves an output: s
 from __future__ import annotations
 
 import numpy as np
+
+RIDGE = 0.3
 
 
 def information(trusted: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -43,7 +46,7 @@ def pairs_left_out(trusted: np.ndarray, asked: np.ndarray) -> np.ndarray:
 
 def _ridge(trusted: np.ndarray, count: int) -> float:
     """λ of `count` references."""
-    return count / min(len(trusted), count)
+    return RIDGE * count / min(len(trusted), count)
 
 
 def _solve(trusted: np.ndarray, count: int, traces: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ class Scorer:
       trusted_classes: `[num_trusted]` predicted classes, or clusters where the coupling is over those, or None.
       left_out: `[num_trusted]`, the coupling of each with the others, not standardized.
       trace_map: None for "raw" traces.
+      num_parts: see `madjax.coupling.couplings`.
     """
 
     coupling: str
@@ -59,6 +60,7 @@ class Scorer:
     trusted_classes: np.ndarray | None
     left_out: np.ndarray
     trace_map: TraceMap | None
+    num_parts: int = 1
 
     @classmethod
     def fit(
@@ -68,6 +70,7 @@ class Scorer:
         *,
         coupling: str = DEFAULT,
         traces: Traces = "whitened",
+        num_parts: int = 1,
     ) -> Scorer:
         """Calibrates on the trusted losses, leaving each example out of what it is held against.
 
@@ -100,10 +103,10 @@ class Scorer:
         if lookup(coupling).reduction == "cluster":
             trusted_classes = _clusters(mapped)
         if fit is None:
-            left_out = leave_one_out(coupling, mapped, trusted_classes)
+            left_out = leave_one_out(coupling, mapped, trusted_classes, num_parts=num_parts)
         else:
-            left_out = _leave_out_with_map(coupling, trusted, trusted_classes, fit)
-        return cls(coupling, traces, trusted, trusted_classes, left_out, trace_map)
+            left_out = _leave_out_with_map(coupling, trusted, trusted_classes, num_parts, fit)
+        return cls(coupling, traces, trusted, trusted_classes, left_out, trace_map, num_parts)
 
     @cached_property
     def trusted_couplings(self) -> np.ndarray:
@@ -132,7 +135,7 @@ class Scorer:
         if per_class and (classes is None or self.trusted_classes is None):
             raise ValueError("per_class: wanted predicted classes of the trusted and of the test examples, got none")
         trusted, test = self.map(self.trusted), self.map(losses)
-        values = couplings(self.coupling, trusted, test, self.trusted_classes)
+        values = couplings(self.coupling, trusted, test, self.trusted_classes, num_parts=self.num_parts)
         if lookup(self.coupling).standardized and self.trusted_classes is not None:
             if classes is None:
                 raise ValueError(f"classes: coupling {self.coupling!r} wanted those of the test examples, got none")
@@ -158,7 +161,9 @@ def _clusters(traces: np.ndarray) -> np.ndarray:
         return np.asarray(KMeans(count, random_state=0).fit_predict(directions.T))
 
 
-def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | None, fit: TraceMapFit) -> np.ndarray:
+def _leave_out_with_map(
+    name: str, trusted: LossMatrix, classes: np.ndarray | None, num_parts: int, fit: TraceMapFit
+) -> np.ndarray:
     """Couplings of the trusted examples, left out of the trace map as well as of the references."""
     count = trusted.shape[1]
     result = np.empty(count)
@@ -171,6 +176,7 @@ def _leave_out_with_map(name: str, trusted: LossMatrix, classes: np.ndarray | No
             kept = groups != group
             mapped = fit.without(held_out)(trusted)
             result[held_out] = couplings(
-                name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept]
-            )
+                name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept],
+                num_parts=num_parts,
+            )  # fmt: skip
     return result

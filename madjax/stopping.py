@@ -19,6 +19,7 @@ import numpy as np
 from madjax.calibration import p_values
 from madjax.detector import Detector, check_shapes, explain
 from madjax.sampling.draws import Draws, Walk, WalkState
+from madjax.sampling.tangent import TangentDraws
 from madjax.scorer import Scorer, Scores
 from madjax.sweep import loss_matrix
 from madjax.types import Batch, Params, num_examples
@@ -69,8 +70,11 @@ class Sequential:
           num_draws: at how many draws to look; a quarter and a half of the detector's where not given.
 
         Raises:
-          ValueError: counts that do not ascend, or are not between 2 and the detector's.
+          ValueError: counts that do not ascend, or are not between 2 and the detector's; a tangent, all of whose draws
+            come of one gradient.
         """
+        if isinstance(detector.draws, TangentDraws):
+            raise ValueError("detector: all draws of a tangent come of one gradient, and none can be spared")
         every = detector.draws.num_draws
         counts = [max(2, every // 4), max(3, every // 2)] if num_draws is None else list(num_draws)
         if any(a >= b for a, b in zip([1, *counts], [*counts, every], strict=True)):

@@ -88,12 +88,20 @@ class TraceStore:
         """Draws of a chunk."""
         return self.facts["block"]
 
-    def create(self, num_draws: int, block: int, layout: str, num_chains: int = 1, info: Iterable[str] = ()) -> None:
+    def create(
+        self,
+        num_draws: int,
+        block: int,
+        layout: str,
+        known: Mapping[str, np.ndarray] | None = None,
+        info: Iterable[str] = (),
+    ) -> None:
         """Makes the arrays, if they are not there.
 
         Args:
           block: draws of a chunk.
           layout: of the sweep.
+          known: int32 `[num_draws]` by name, coordinates of the draws.
           info: names of what `write` is told of every draw.
         """
         if self.facts:
@@ -101,14 +109,21 @@ class TraceStore:
         facts = {"layout": layout, "block": block, "info": list(info)}
         if hosts.is_first():
             try:
-                self._begin(num_draws, block, num_chains, info, facts)
+                self._begin(num_draws, block, known, info, facts)
             except ValueError as error:
                 raise ValueError(f"workdir: cannot begin {self.path} ({_reason(error)})") from error
         hosts.barrier("store created")
         self.facts = facts
         self._open()
 
-    def _begin(self, num_draws: int, block: int, num_chains: int, info: Iterable[str], facts: dict[str, Any]) -> None:
+    def _begin(
+        self,
+        num_draws: int,
+        block: int,
+        of_draws: Mapping[str, np.ndarray] | None,
+        info: Iterable[str],
+        facts: dict[str, Any],
+    ) -> None:
         # what a start that did not come to its end has left, and states of a store that was removed
         files = _files(self.path)
         for folder in (files, self._chains):
@@ -120,8 +135,7 @@ class TraceStore:
         }
         if self._prediction is not None:
             known["prediction"] = ("example", np.asarray(self._prediction, np.int32))
-        if num_chains > 1:
-            known["chain"] = ("draw", np.arange(num_draws, dtype=np.int32) % num_chains)
+        known |= {name: ("draw", values) for name, values in (of_draws or {}).items()}
         # all at a time, for a bucket takes long to answer
         loss = self._make("loss", "float32", draw=(num_draws, block), example=(count, hosts.range_size(count)))
         made = [loss, *(self._make(name, "float32", draw=(num_draws, block)) for name in info)]
@@ -237,8 +251,8 @@ def open_traces(workdir: str | Path) -> xr.Dataset:
     """The losses that a run keeps in its work directory, also while it runs; read when they are looked at.
 
     Returns:
-      `loss[draw, example]`, NaN where it is still to come, with the coordinates `draw`, `chain` (of several), `split`
-      ("trusted" or "test"), `example` (its number in its split), and `prediction` where examples have a class.
+      `loss[draw, example]`, NaN where it is still to come, with the coordinates `draw`, `chain` or `part` (of several),
+      `split` ("trusted" or "test"), `example` (its number in its split), and `prediction` where examples have a class.
 
     Raises:
       ValueError: where there are none, or what reads buckets is not installed.
@@ -254,7 +268,7 @@ def open_traces(workdir: str | Path) -> xr.Dataset:
         raise ValueError(f"workdir: cannot read {path} ({_reason(error)}); pip install 'madjax[gcs]'") from error
     names = np.array(data["split"].attrs["flag_meanings"].split())
     data = data.assign_coords(draw=np.arange(data.sizes["draw"]), split=("example", names[data["split"].values]))
-    return data.set_coords([name for name in ("chain", "example", "prediction") if name in data.variables])
+    return data.set_coords([name for name in ("chain", "part", "example", "prediction") if name in data.variables])
 
 
 def _path(workdir: str | Path) -> str:

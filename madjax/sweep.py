@@ -159,7 +159,7 @@ def loss_matrix(
 
     if store is not None:
         block_size = -(-BLOCK // size) * size
-        store.create(num_draws, block_size, str(chosen), getattr(draws, "num_chains", 1), walk.info())
+        store.create(num_draws, block_size, str(chosen), _told_apart(draws), walk.info())
     with tqdm(total=num_draws, initial=rows.stop, desc=f"sweep {chosen}", unit="draw", disable=not progress) as bar:
         try:
             while count_here and (block := list(islice(walk, size))):
@@ -180,6 +180,14 @@ def loss_matrix(
 def forward_passes(draws: Draws) -> int:
     """Of one example, in a sweep of the draws."""
     return PASSES if isinstance(draws, TangentDraws) else draws.num_draws
+
+
+def _told_apart(draws: Draws) -> dict[str, np.ndarray]:
+    """The chain that made each draw, or the part of the parameters that it moves, where there are several."""
+    numbers = np.arange(draws.num_draws, dtype=np.int32)
+    chains, parts = getattr(draws, "num_chains", 1), getattr(draws, "num_parts", 1)
+    told = {"chain": numbers % chains} if chains > 1 else {}
+    return told | ({"part": numbers // (draws.num_draws // parts)} if parts > 1 else {})
 
 
 class _Rows:
@@ -279,8 +287,13 @@ def _call(
 ) -> jax.Array:
     # a short last block is filled up, so that one program serves all
     block = block + block[-1:] * (_block_size(layout, placement) - len(block))
-    items = put_model(jax.tree.map(lambda *leaves: jnp.stack(leaves), *block), placement, stacked=True)
+    items = put_model(jax.tree.map(_stacked, *block), placement, stacked=True)
     return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
+
+
+def _stacked(*leaves: Any) -> Any:
+    # numbers of draws may be thousands, each of which jnp would take for an array
+    return np.stack(leaves) if isinstance(leaves[0], np.generic) else jnp.stack(leaves)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

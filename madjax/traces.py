@@ -32,17 +32,18 @@ class TraceMap(NamedTuple):
 
     Attributes:
       mean: `[D]`, of the trusted x over examples.
-      root: symmetric `[D, D]`, the R of the module's docstring.
+      root: symmetric `[D, D]`, the R of the module's docstring, or None where it is left out.
       least: c, in nats.
     """
 
     mean: np.ndarray
-    root: np.ndarray
+    root: np.ndarray | None
     least: float
 
     def __call__(self, losses: LossMatrix) -> np.ndarray:
         """Float64 `[D, num_examples]`."""
-        return self.root @ (_log_loss(losses, self.least) - self.mean[:, None])
+        centered = _log_loss(losses, self.least) - self.mean[:, None]
+        return centered if self.root is None else self.root @ centered
 
 
 def fit_trace_map(trusted: LossMatrix, least: float = SMALL_LOSS) -> TraceMap:
@@ -52,14 +53,14 @@ def fit_trace_map(trusted: LossMatrix, least: float = SMALL_LOSS) -> TraceMap:
 
 def log_map(num_draws: int) -> TraceMap:
     """The map of "log" traces, which nothing is fitted to."""
-    return TraceMap(np.zeros(num_draws), np.eye(num_draws), SMALL_LOSS)
+    return TraceMap(np.zeros(num_draws), None, SMALL_LOSS)
 
 
 class TraceMapFit:
     """Moments of the trusted traces, from which maps that leave some of them out are cheap.
 
     Attributes:
-      whiten: whether R is what the module's docstring says, or the identity.
+      whiten: whether there is an R.
     """
 
     def __init__(self, trusted: LossMatrix, least: float = SMALL_LOSS, *, whiten: bool = True):
@@ -74,7 +75,7 @@ class TraceMapFit:
         count = self._x.shape[1] - left.shape[1]
         mean = (self._sum - left.sum(1)) / count
         if not self.whiten:
-            return TraceMap(mean, np.eye(len(mean)), self._least)
+            return TraceMap(mean, None, self._least)
         covariance = (self._square - left @ left.T) / count - np.outer(mean, mean)
         eigenvalues, vectors = np.linalg.eigh(covariance)
         average = max(float(eigenvalues.mean()), np.finfo(float).tiny)

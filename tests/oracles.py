@@ -23,16 +23,18 @@ def pair(kind, x, y):
     return 2 * covariance / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
 
-def information(trusted, test):
-    """Nats, by what a ridge regression leaves of the test trace."""
+def information(trusted, test, num_parts=1):
+    """Nats, by what a ridge regression on each part of the draws leaves of the test trace."""
+    if num_parts > 1:
+        return sum(map(information, np.split(trusted, num_parts), np.split(test, num_parts)))
     centered = [traces.astype(float) - traces.astype(float).mean(0) for traces in (trusted, test)]
     x, y = (traces / np.linalg.norm(traces, axis=0) for traces in centered)
-    ridge = max(1.0, trusted.shape[1] / len(trusted))
+    ridge = 0.3 * max(1.0, trusted.shape[1] / len(trusted))
     weights = Ridge(ridge, fit_intercept=False, solver="cholesky").fit(x, y).coef_
     return -np.log(np.square(y - x @ weights).sum() + ridge * np.square(weights).sum()) / 2
 
 
-def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, peers=40):
+def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, peers=40, num_parts=1):
     """One test trace against the trusted ones, without the one at `leave_out`."""
     values, groups = [], []
     for index in range(trusted.shape[1]):
@@ -51,13 +53,15 @@ def coupling(kind, reduction, trusted, test, classes, top_k, leave_out=None, pee
         for j in others:
             rest = [i for i in others if i != j]
             if reduction == "peer_joint":
-                own.append(information(trusted[:, rest], trusted[:, j]))
+                own.append(information(trusted[:, rest], trusted[:, j], num_parts))
             else:
                 own.append(np.sort([pair(kind, trusted[:, i], trusted[:, j]) for i in rest])[-top_k:].mean())
         distances = [abs(trusted[:, j].astype(float).mean() - test.astype(float).mean()) for j in others]
         of_peers = np.array(own)[np.argsort(distances)[:peers]].mean()
         if reduction == "peer_joint":
-            return information(trusted[:, others], test) - of_peers
+            spread = trusted[:, others].astype(float).mean(0).std()
+            fade = np.exp(-np.square(np.sort(distances)[:peers] / (5 * spread)) / 2).mean()
+            return fade * information(trusted[:, others], test, num_parts) - of_peers
         return np.sign(top) * abs(top) ** 0.5 - np.sign(of_peers) * abs(of_peers) ** 0.5
     if reduction in ("cluster", "topk_class"):
         shrunk = max(values[groups == group].sum() / (20 + (groups == group).sum()) for group in np.unique(groups))

@@ -124,14 +124,11 @@ def detector():
     )
 
 
-_WITHOUT_GRADIENT = ["peer_information", "peer_lower"]
-
-
-@pytest.mark.parametrize("name", _WITHOUT_GRADIENT)
-def test_a_coupling_without_a_gradient_is_refused(detector, name):
+def test_a_coupling_without_a_gradient_is_refused(detector):
     images, labels = np.zeros((3, *SHAPE), np.uint8), np.zeros(3, np.int32)
-    with pytest.raises(ValueError, match=f"detector: the attack has no gradient of the coupling '{name}'"):
-        adaptive_pgd(jax.random.key(0), detector.with_coupling(name, "log"), images, labels, weight=0.5, num_draws=2)
+    other = detector.with_coupling("peer_information", "log")
+    with pytest.raises(ValueError, match="detector: the attack has no gradient of the coupling 'peer_information'"):
+        adaptive_pgd(jax.random.key(0), other, images, labels, weight=0.5, num_draws=2)
 
 
 def test_draws_without_parameters_are_refused(detector):
@@ -144,7 +141,7 @@ def test_draws_without_parameters_are_refused(detector):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in COUPLINGS if name not in _WITHOUT_GRADIENT])
+@pytest.mark.parametrize("name", [name for name in COUPLINGS if name != "peer_information"])
 @pytest.mark.parametrize("traces", ["whitened", "margins", "plain_margins", "log", "raw"])
 def test_the_coupling_that_is_attacked_is_the_detectors(detector, name, traces):
     classes = np.arange(37) % 3

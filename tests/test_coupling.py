@@ -20,11 +20,7 @@ def few_peers(monkeypatch):
     monkeypatch.setattr(coupling, "PEERS", 9)  # else all of so few examples are
 
 
-# "peer_lower" is made of two others, see below
-_BY_PAIRS = [name for name in coupling.COUPLINGS if name != "peer_lower"]
-
-
-@pytest.mark.parametrize("name", _BY_PAIRS)
+@pytest.mark.parametrize("name", coupling.COUPLINGS)
 def test_couplings_against_a_double_loop(losses, name):
     trusted, test, classes = losses
     kind = coupling.lookup(name)
@@ -35,7 +31,7 @@ def test_couplings_against_a_double_loop(losses, name):
     np.testing.assert_allclose(coupling.couplings(name, trusted, test, classes), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", _BY_PAIRS)
+@pytest.mark.parametrize("name", coupling.COUPLINGS)
 def test_leave_one_out_against_a_double_loop(losses, name):
     trusted, _, classes = losses
     kind = coupling.lookup(name)
@@ -137,17 +133,31 @@ def test_peers_of_many_are_sought_among_some(losses, monkeypatch):
         )
 
 
-def test_the_lower_of_two_ways_to_be_explained_counts(losses):
-    trusted, test, _ = losses
-    ways = ["peer_ccc", "peer_information"]
-    known = np.array([coupling.leave_one_out(way, trusted) for way in ways])
-    values = np.array([coupling.couplings(way, trusted, test) for way in ways])
-    expected = (values - known.mean(1, keepdims=True)) / known.std(1, keepdims=True)
-    assert set(expected.argmin(0)) == {0, 1}
-    np.testing.assert_allclose(coupling.couplings("peer_lower", trusted, test), expected.min(0))
-    for place, value in enumerate(coupling.leave_one_out("peer_lower", trusted)):
-        others = np.delete(known, place, axis=1)
-        np.testing.assert_allclose(value, ((known[:, place] - others.mean(1)) / others.std(1)).min())
+@pytest.mark.parametrize("shape", ["test", "trusted"])
+def test_what_parts_tell_is_added_up(losses, shape):
+    """Peers are the same for all parts, those of the height over all draws."""
+    trusted, test, _ = (traces[:20] if index < 2 else traces for index, traces in enumerate(losses))
+    traces, places = (test, [None] * 17) if shape == "test" else (trusted, range(31))
+    expected = [
+        oracles.coupling("correlation", "peer_joint", trusted, traces[:, j], np.zeros(31), coupling.TOP_K, place, 9, 4)
+        for j, place in enumerate(places)
+    ]
+    if shape == "test":
+        values = coupling.couplings("peer_information", trusted, test, num_parts=4)
+    else:
+        values = coupling.leave_one_out("peer_information", trusted, num_parts=4)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_may_know_what_all_draws_drown():
+    """Where one part of five explains an output and the others move it at random, as they do all."""
+    rng = np.random.default_rng(6)
+    trusted, test = rng.normal(size=(200, 40)), rng.normal(size=(200, 20))
+    basis = rng.normal(size=(40, 3))
+    trusted[:40], test[:40, :10] = basis @ rng.normal(size=(3, 40)), basis @ rng.normal(size=(3, 10))
+    whole, parts = (coupling.couplings("peer_information", trusted, test, num_parts=n) for n in (1, 5))
+    assert parts[:10].min() > parts[10:].max() + 0.3
+    assert whole[:10].min() < whole[10:].max() + 0.3
 
 
 @pytest.mark.parametrize("num_draws", [7, 60])
@@ -173,6 +183,23 @@ def test_all_together_tell_what_no_one_does():
     told, untold = (coupling.couplings("peer_information", trusted, traces) for traces in (mixed, new))
     assert told.min() > untold.max() + 0.5
     assert coupling.pairs("correlation", trusted, mixed).max() < 0.7
+
+
+def test_what_is_far_surer_than_all_is_not_explained_by_shape():
+    """Imitations of the trusted at heights among theirs, a little below, and where nobody is."""
+    rng = np.random.default_rng(7)
+    basis = rng.normal(size=(100, 3))
+    trusted, imitations = (basis @ rng.normal(size=(3, count)) for count in (40, 10))
+    heights = rng.normal(size=40)
+    inside, below, far = (
+        coupling.couplings(
+            "peer_information", trusted - trusted.mean(0) + heights, imitations - imitations.mean(0) - down
+        )
+        for down in (0, 2, 40)
+    )
+    lost = inside.mean() - np.array([below.mean(), far.mean()])
+    assert lost[0] < 0.25 * lost[1]
+    assert far.max() < inside.min() - 1
 
 
 def test_no_draws_no_information(losses):
@@ -207,6 +234,8 @@ def test_bad_input(losses):
         coupling.couplings("class_ccc", trusted, test, classes[:-1])
     with pytest.raises(ValueError, match="trusted: wanted two examples at least for a peer coupling"):
         coupling.leave_one_out("peer_ccc", trusted[:, :2])
+    with pytest.raises(ValueError, match="num_parts: wanted a divisor of the 23 draws, got 2"):
+        coupling.couplings("peer_information", trusted, test, num_parts=2)
 
 
 def test_clusters_stand_in_for_classes():

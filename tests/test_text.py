@@ -313,7 +313,7 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     row, rival = results["rows"][0], results["rows"][-1]
     assert (rival["detector"], rival["forwards_per_example"], rival["num_benign"]) == ("mahalanobis_last", 1, 8)
-    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_lower")
+    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_information")
     assert row["asr"] > 0.5
     assert 1e-4 < row["scale"] < 1
     assert row["num_trusted"] == row["num_benign"] == 8

@@ -171,7 +171,7 @@ def adaptive_pgd(
     _check_step(step_size, num_steps)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: wanted 0 to 1, got {weight}")
-    if lookup(detector.scorer.coupling).reduction in ("peer_joint", "peer_lower"):
+    if lookup(detector.scorer.coupling).reduction == "peer_joint":
         raise ValueError(f"detector: the attack has no gradient of the coupling {detector.scorer.coupling!r}")
     if isinstance(detector.draws, TangentDraws):
         raise ValueError("detector: the attack passes images through drawn parameters, and a tangent has none")
@@ -507,10 +507,11 @@ class _Coupling(NamedTuple):
     def of(cls, scorer: Scorer) -> _Coupling:
         classes, (num_draws, count) = scorer.trusted_classes, scorer.trusted.shape
         members = np.ones((1, count)) if classes is None else np.unique(classes)[:, None] == classes
-        trace_map = scorer.trace_map or log_map(num_draws)  # whose mean and root change nothing
+        mean, root, least = scorer.trace_map or log_map(num_draws)  # whose mean changes nothing
+        root = np.eye(num_draws) if root is None else root
         traces, has_peers = scorer.map(scorer.trusted), lookup(scorer.coupling).reduction == "peer"
         own = leave_one_out("topk_ccc", traces) if has_peers else np.zeros(count)
-        return cls(*(jnp.asarray(x, jnp.float32) for x in (traces, members, own, *trace_map)))
+        return cls(*(jnp.asarray(x, jnp.float32) for x in (traces, members, own, mean, root, least)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

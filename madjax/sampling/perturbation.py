@@ -173,7 +173,7 @@ class Tangent:
         sampling: Batch | None,
         num_draws: int,
     ) -> Perturbed:
-        """`num_draws` draws around `params`; nothing is chosen on `trusted`, and `sampling` is not used."""
+        """`num_draws` of each tensor around `params`; nothing is chosen on `trusted`, and `sampling` is not used."""
         del trusted, sampling
         check_moved(self.moved)
         drawn = tuple(jax.tree.leaves(_mask(loss_fn, params, self.parameters)))

@@ -6,17 +6,18 @@ Where log losses move in proportion to the perturbation δ, a forward pass a dra
 know, and adds the noise of the higher orders. So each example is passed forward and back once, and draws cost next to
 nothing. c is what a loss has to exceed to count, 1e-7 nats as in "log" traces (`madjax.traces`).
 
-No scale has to be found: in each tensor the noise is as large as moves the example's log loss by the same amount, and
-`moved` in all. Under noise of one size, embeddings and the first layers, which know what an input is about, move
-sequences far more than the layers that decide, and drown them.
+A draw moves one tensor of parameters, so that what trusted examples explain can be asked of each tensor by itself. No
+scale has to be found: the noise is as large as moves the example's log loss by `moved`. Under noise of one size
+everywhere, embeddings and the first layers, which know what an input is about, move sequences far more than the layers
+that decide, and drown them.
 
 A gradient is as large as the model, so draws have little in common: parameter i is moved by one of them alone,
 
     δ_k[i] = size[tensor, example] · sign[i] where k is the bucket of i, else 0,    sign[i] = ±1,
 
-and what a draw needs of a gradient is the sum of sign · gradient in its bucket: the moves of all draws are a count
-sketch of the gradient (Charikar, Chen and Farach-Colton, 2002). Products of two sketches are those of the gradients, up
-to an error of one over the root of the number of draws.
+and what a draw needs of a gradient is the sum of sign · gradient in its bucket: the moves of a tensor's draws are a
+count sketch of the gradient there (Charikar, Chen and Farach-Colton, 2002). Products of two sketches are those of the
+gradients, up to an error of one over the root of the number of draws.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ from madjax.types import SMALL_LOSS, Batch, LossFn, Params, num_examples
 
 # a gradient of one example, in forward passes
 PASSES = 3
-# a prime: no row length divides it, so the columns of a matrix come into all buckets
-NUM_DRAWS = 4093
-_GOLDEN = 0.618
+# of a tensor; a prime: no row length divides it, so the columns of a matrix come into all buckets
+NUM_DRAWS = 127
 _WORD = 32  # bits
 # gradients that exist at a time
 _MOST_BYTES = 2 << 30
@@ -47,7 +47,7 @@ _SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be dif
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["rng_key", "center", "moved"],
-    meta_fields=["drawn", "num_draws"],
+    meta_fields=["drawn", "draws_of_each"],
 )
 @dataclasses.dataclass(frozen=True)
 class TangentDraws(NumberedDraws):
@@ -55,15 +55,25 @@ class TangentDraws(NumberedDraws):
 
     Attributes:
       center: the trained parameters.
-      moved: float32, by how much each log loss moves, as a root mean square over draws.
-      drawn: which leaves of `center` are drawn, in flattening order.
+      moved: float32, by how much each log loss moves, as a root mean square over a tensor's draws.
+      drawn: which leaves of `center` are drawn, in flattening order: the draws of the first one are the first.
+      draws_of_each: draws of a tensor.
     """
 
     rng_key: jax.Array
     center: Params
     moved: jax.Array
     drawn: tuple[bool, ...]
-    num_draws: int
+    draws_of_each: int
+
+    @property
+    def num_parts(self) -> int:
+        """Tensors, each of which has a run of draws of its own."""
+        return sum(self.drawn)
+
+    @property
+    def num_draws(self) -> int:
+        return self.num_parts * self.draws_of_each
 
     def params(self, item: jax.Array) -> Params:
         raise ValueError("draws: those of a tangent differ between examples, and are never parameters; wanted gaussian")
@@ -74,13 +84,13 @@ class TangentDraws(NumberedDraws):
         A loss below c that falls may become a loss a little below 0.
         """
         center, sketches = self.sketches(loss_fn, examples)
-        moves = self.moved * math.sqrt(self.num_draws) * sketches.T[items]
+        moves = self.moved * math.sqrt(self.draws_of_each) * sketches.reshape(-1, self.num_draws).T[items]
         return (center + SMALL_LOSS)[None] * jnp.exp(jnp.minimum(moves, _LARGEST_MOVE)) - SMALL_LOSS
 
     def sketches(self, loss_fn: LossFn, examples: Batch) -> tuple[jax.Array, jax.Array]:
-        """Losses `[n]`, and sketches of the gradients of their logarithms `[n, num_draws]`. Traceable.
+        """Losses `[n]`, and sketches of the gradients of their logarithms `[n, num_parts, draws_of_each]`. Traceable.
 
-        The gradients are of unit norm, and so are in equal shares those of all tensors that matter to an example.
+        The gradient of each tensor is of unit norm, or zero where it does not matter to an example.
         """
         leaves, structure = jax.tree.flatten(self.center)
         places = np.flatnonzero(self.drawn)
@@ -100,15 +110,13 @@ class TangentDraws(NumberedDraws):
 
         def sketch(example: Batch) -> tuple[jax.Array, jax.Array]:
             gradient, loss = jax.grad(log_loss, has_aux=True)([leaves[index] for index in places], example)
-            folded, count = jnp.zeros(self.num_draws), jnp.zeros(())
-            for place, (leaf, words) in enumerate(zip(gradient, all_words, strict=True)):
+            folded = []
+            for leaf, words in zip(gradient, all_words, strict=True):
                 flat = leaf.reshape(-1).astype(jnp.float32)
                 norm = jnp.linalg.norm(flat)
-                one = _fold(flat * _signs(words, flat.size), self.num_draws)
-                # small tensors come into different buckets, by the golden ratio
-                folded += jnp.where(norm > 0, jnp.roll(one, int(place * _GOLDEN * self.num_draws)) / norm, 0)
-                count += norm > 0
-            return loss, folded / jnp.sqrt(jnp.maximum(count, 1))
+                one = _fold(flat * _signs(words, flat.size), self.draws_of_each)
+                folded.append(jnp.where(norm > 0, one / norm, 0))
+            return loss, jnp.stack(folded)
 
         count = num_examples(examples)
         most = _MOST_BYTES // (4 * sum(leaves[index].size for index in places))
