@@ -125,7 +125,9 @@ def define_detection_flags() -> None:
     samplers = ["gaussian", "tangent", *CHAINS]
     help_text = "Independent Gaussian draws, small ones along the tangent, or Langevin chains."
     flags.DEFINE_enum("sampler", "gaussian", samplers, help_text)
-    flags.DEFINE_integer("num_draws", 128, "Draws of the parameters, over all chains.", lower_bound=2)
+    flags.DEFINE_integer(
+        "num_draws", 128, "Draws of the parameters, over all chains; of a tangent, of each tensor.", lower_bound=2
+    )
     flags.DEFINE_enum(
         "noise", "absolute", ["absolute", "relative", "curvature"], "What a scale of 1 means for Gaussian draws."
     )
