@@ -49,6 +49,7 @@ from madjax.interop.tokenizer import ChatTokenizer
 from madjax.losses import OneTokenLoss, SequenceLoss, TokenLoss, from_decoder
 from madjax.sampling import TangentDraws
 from madjax.sampling.layerwise import at_draws
+from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.scorer import Scores
 
@@ -81,7 +82,7 @@ common.define_detection_flags()
 flags.FLAGS.set_default("coupling", ["peer_information", "peer_ccc", "topk_ccc"])
 # what all share under a draw is what a hidden backdoor lacks, see docs/choosing-the-scale.md
 flags.FLAGS.set_default("traces", "log")
-flags.FLAGS.set_default("moved", 0.3)
+flags.FLAGS.set_default("moved", MOVED)
 flags.FLAGS.set_default("batch_size", 32)
 # a gradient is of the price of three draws, whatever their number
 flags.FLAGS.set_default("sampler", "tangent")

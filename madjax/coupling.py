@@ -239,13 +239,11 @@ class _Peers(NamedTuple):
       asked: indices of the trusted examples among whom they are sought.
       index: `[num_test, num_peers]` into `asked`.
       distance: `[num_test, num_peers]`, in height, in standard deviations of the trusted ones.
-      places: where each test example itself lies among the trusted, to be left out; None where it does not.
     """
 
     asked: np.ndarray
     index: np.ndarray
     distance: np.ndarray
-    places: np.ndarray | None
 
     @classmethod
     def find(cls, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> _Peers:
@@ -256,17 +254,16 @@ class _Peers(NamedTuple):
             raise ValueError(
                 f"trusted: wanted two examples at least for a peer coupling, beside any left out, got {num_trusted}"
             )
-        places = np.arange(num_trusted) if leave_one_out else None
         asked = np.arange(0, num_trusted, -(-num_trusted // _SAMPLE))
         known, heights = (np.asarray(traces, np.float64).mean(0) for traces in (trusted, test))
         finder = NearestNeighbors(n_neighbors=min(PEERS + leave_one_out, len(asked))).fit(known[asked, None])
         index = finder.kneighbors(heights[:, None], return_distance=False)
-        if places is not None:  # itself, or the farthest, is none
-            order = np.argsort(asked[index] == places[:, None], axis=1, kind="stable")
+        if leave_one_out:  # itself, or the farthest, is none
+            order = np.argsort(asked[index] == np.arange(num_trusted)[:, None], axis=1, kind="stable")
             index = np.take_along_axis(index, order, axis=1)[:, :-1]
         spread = _deviation(known, leave_one_out=leave_one_out)
         distance = np.abs(known[asked][index] - heights[:, None])
-        return cls(asked, index, np.divide(distance, spread, out=np.zeros_like(distance), where=spread > 0), places)
+        return cls(asked, index, np.divide(distance, spread, out=np.zeros_like(distance), where=spread > 0))
 
 
 def _deviation(values: np.ndarray, *, leave_one_out: bool) -> np.ndarray:
@@ -294,7 +291,8 @@ def _peer_information(trusted: LossMatrix, test: LossMatrix, num_parts: int, *, 
 
 
 def _peer_nearest(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:
-    asked, peers, _, places = _Peers.find(trusted, test, leave_one_out=leave_one_out)
+    asked, peers, _ = _Peers.find(trusted, test, leave_one_out=leave_one_out)
+    places = np.arange(trusted.shape[1]) if leave_one_out else None
     count = min(TOP_K, trusted.shape[1] - 1 - leave_one_out)
     # one more than count, who moves up where one of them is left out
     indices, values = _highest(pair, trusted, trusted[:, asked], count + leave_one_out, asked)

@@ -151,11 +151,15 @@ def loss_matrix(
     rows = _Rows(store, num_draws, count_here, size)
     walk = draws.items(rows.stop, rows.state)
 
-    def call(block: list[Any], chunk: Any) -> jax.Array:
+    def queue(block: list[Any]) -> list[jax.Array]:
         if chosen.kind == "layers":
             assert stages is not None
-            return jnp.stack([jnp.concatenate(layerwise.losses(stages, item, chunk)) for item in block])
-        return _call(loss_fn, draws, block, chunk, chosen, batch_size, placement)
+            return [
+                jnp.stack([jnp.concatenate(layerwise.losses(stages, item, chunk)) for item in block])
+                for chunk in chunks
+            ]
+        items = _put_items(block, size, placement)
+        return [_block(loss_fn, chosen.kind, batch_size, placement, draws, items, chunk) for chunk in chunks]
 
     if store is not None:
         block_size = -(-BLOCK // size) * size
@@ -164,7 +168,7 @@ def loss_matrix(
         try:
             while count_here and (block := list(islice(walk, size))):
                 # every chunk is queued before the first is waited for
-                parts = [call(block, chunk) for chunk in chunks]
+                parts = queue(block)
                 losses = np.concatenate([np.asarray(part)[: len(block)] for part in parts], axis=1)
                 rows.add(losses[:, chunks.places], walk)
                 bar.update(len(block))
@@ -276,24 +280,15 @@ def _pad(leaf: Any, missing: int) -> Any:
     return xp.concatenate([leaf, xp.repeat(leaf[-1:], missing, axis=0)])
 
 
-def _call(
-    loss_fn: LossFn,
-    draws: Draws,
-    block: list[Any],
-    examples: Batch,
-    layout: Layout,
-    batch_size: int,
-    placement: Placement,
-) -> jax.Array:
+def _put_items(block: list[Any], size: int, placement: Placement) -> Any:
+    """The items of a block of draws end to end, on the devices."""
     # a short last block is filled up, so that one program serves all
-    block = block + block[-1:] * (_block_size(layout, placement) - len(block))
-    items = put_model(jax.tree.map(_stacked, *block), placement, stacked=True)
-    return _block(loss_fn, layout.kind, batch_size, placement, draws, items, examples)
+    return put_model(jax.tree.map(_stacked, *block, *block[-1:] * (size - len(block))), placement, stacked=True)
 
 
 def _stacked(*leaves: Any) -> Any:
     # numbers of draws may be thousands, each of which jnp would take for an array
-    return np.stack(leaves) if isinstance(leaves[0], np.generic) else jnp.stack(leaves)
+    return np.array(leaves) if isinstance(leaves[0], np.generic) else jnp.stack(leaves)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -347,7 +342,8 @@ def _pick(loss_fn: LossFn, draws: Draws, probe: Batch, batch_size: int, placemen
 
         def run(candidate: Layout = candidate, size: int = size) -> float:
             start = time.perf_counter()
-            _call(loss_fn, draws, [item] * size, probe, candidate, batch_size, placement).block_until_ready()
+            items = _put_items([item], size, placement)
+            _block(loss_fn, candidate.kind, batch_size, placement, draws, items, probe).block_until_ready()
             return (time.perf_counter() - start) / candidate.draws_per_call
 
         run()  # compiles

@@ -10,13 +10,13 @@ from tests import linear
 
 
 def fit(folder, kind, num_draws):
-    sweep.BLOCK, call = 4, sweep._call
+    sweep.BLOCK, call = 4, sweep._block
 
     def slowly(*args):
         time.sleep(0.05)
         return call(*args)
 
-    sweep._call = slowly
+    sweep._block = slowly
     examples = linear.examples(90)
     Detector.fit(
         jax.random.key(0),

@@ -46,7 +46,7 @@ def bucket(server, monkeypatch):
 @pytest.fixture
 def interrupt(monkeypatch):
     """Has a sweep end at one of its calls from now, as Ctrl-C would; None for never."""
-    call = sweep._call
+    call = sweep._block
 
     def interrupt(at):
         left = [at]
@@ -57,7 +57,7 @@ def interrupt(monkeypatch):
             left[0] = left[0] and left[0] - 1
             return call(*args)
 
-        monkeypatch.setattr(sweep, "_call", counted)
+        monkeypatch.setattr(sweep, "_block", counted)
 
     return interrupt
 
