@@ -22,6 +22,8 @@ one number. Moments are population moments over draws, computed in float64. What
 - `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
   nats, which fade as the peers' heights lie farther away. Where draws move one part of the model at a time, what they
   tell of each part is added up.
+- `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
+  classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
   Without classes, `peer_ccc`'s way.
 
@@ -35,11 +37,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from madjax import information
+from madjax import information, profile
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint", "profile"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
@@ -73,6 +75,7 @@ COUPLINGS = {
     "cluster_ccc": Coupling("ccc", "cluster"),
     "peer_ccc": Coupling("ccc", "peer"),
     "peer_information": Coupling("correlation", "peer_joint"),
+    "class_profile": Coupling("correlation", "profile"),
     "covariance": Coupling("covariance", "mean"),
 }
 
@@ -90,6 +93,7 @@ def couplings(
     test: LossMatrix,
     trusted_classes: np.ndarray | None = None,
     *,
+    classes: np.ndarray | None = None,
     num_parts: int = 1,
 ) -> np.ndarray:
     """Float64 `[num_test]`: the coupling `name` of every test example with the trusted set, not standardized.
@@ -97,9 +101,13 @@ def couplings(
     Args:
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
       trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` and `topk_class_*` alone.
-      num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information` alone.
+      classes: `[num_test]`, the same of the test examples; for `class_profile` alone.
+      num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information` and
+        `class_profile` alone.
     """
     _check(trusted, test, num_parts)
+    if lookup(name).reduction == "profile":
+        return _profile(trusted, test, trusted_classes, classes, num_parts)[1]
     return _reduce(lookup(name), trusted, test, trusted_classes, num_parts, leave_one_out=False)
 
 
@@ -110,6 +118,8 @@ def leave_one_out(
     _check(trusted, trusted, num_parts)
     if trusted.shape[1] < 2:
         raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
+    if lookup(name).reduction == "profile":
+        return _profile(trusted, trusted[:, :0], trusted_classes, np.zeros(0), num_parts)[0]
     return _reduce(lookup(name), trusted, trusted, trusted_classes, num_parts, leave_one_out=True)
 
 
@@ -171,11 +181,16 @@ def _reduce(
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:
     """Float64 `[num_classes, num_trusted]` of zeros and ones."""
-    num_trusted = trusted.shape[1]
-    if classes is None or len(classes) != num_trusted:
+    classes = _one_each("trusted", trusted, classes)
+    return (np.unique(classes)[:, None] == classes).astype(float)
+
+
+def _one_each(name: str, traces: LossMatrix, classes: np.ndarray | None) -> np.ndarray:
+    if classes is None or len(classes) != traces.shape[1]:
         got = "None" if classes is None else f"{len(classes)}"
-        raise ValueError(f"trusted_classes: wanted one class for each of {num_trusted} trusted examples, got {got}")
-    return (np.unique(classes)[:, None] == np.asarray(classes)).astype(float)
+        argument = "trusted_classes" if name == "trusted" else "classes"
+        raise ValueError(f"{argument}: wanted one class for each of {traces.shape[1]} {name} examples, got {got}")
+    return np.asarray(classes)
 
 
 def _group_means(
@@ -288,6 +303,25 @@ def _peer_information(trusted: LossMatrix, test: LossMatrix, num_parts: int, *, 
         of_peers += own.mean(1)
     # where nobody is as sure or unsure, shape alone proves little
     return values * np.exp(-np.square(peers.distance / FADE) / 2).mean(1) - of_peers
+
+
+def _profile(
+    trusted: LossMatrix,
+    test: LossMatrix,
+    trusted_classes: np.ndarray | None,
+    classes: np.ndarray | None,
+    num_parts: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the trusted examples, each left out, and of the test examples."""
+    if trusted_classes is None:
+        trusted_classes, classes = np.zeros(trusted.shape[1]), np.zeros(test.shape[1])
+    trusted_classes, classes = _one_each("trusted", trusted, trusted_classes), _one_each("test", test, classes)
+    parts = []
+    for known, told in zip(*(np.split(traces, num_parts) for traces in (trusted, test)), strict=True):
+        known, told = (_scaled("correlation", _moments(traces)) for traces in (known, told))
+        parts.append(profile.of_part(known, told, trusted_classes, classes, TOP_K))
+    heights, of_test = (np.asarray(traces, np.float64).mean(0) for traces in (trusted, test))
+    return profile.compare(parts, heights, of_test, trusted_classes, classes)
 
 
 def _peer_nearest(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:

@@ -135,7 +135,9 @@ class Scorer:
         if per_class and (classes is None or self.trusted_classes is None):
             raise ValueError("per_class: wanted predicted classes of the trusted and of the test examples, got none")
         trusted, test = self.map(self.trusted), self.map(losses)
-        values = couplings(self.coupling, trusted, test, self.trusted_classes, num_parts=self.num_parts)
+        values = couplings(
+            self.coupling, trusted, test, self.trusted_classes, classes=classes, num_parts=self.num_parts
+        )
         if lookup(self.coupling).standardized and self.trusted_classes is not None:
             if classes is None:
                 raise ValueError(f"classes: coupling {self.coupling!r} wanted those of the test examples, got none")
@@ -177,6 +179,6 @@ def _leave_out_with_map(
             mapped = fit.without(held_out)(trusted)
             result[held_out] = couplings(
                 name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept],
-                num_parts=num_parts,
+                classes=None if classes is None else classes[held_out], num_parts=num_parts,
             )  # fmt: skip
     return result

@@ -141,7 +141,7 @@ def test_draws_without_parameters_are_refused(detector):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in COUPLINGS if name != "peer_information"])
+@pytest.mark.parametrize("name", [name for name in COUPLINGS if name not in ("peer_information", "class_profile")])
 @pytest.mark.parametrize("traces", ["whitened", "margins", "plain_margins", "log", "raw"])
 def test_the_coupling_that_is_attacked_is_the_detectors(detector, name, traces):
     classes = np.arange(37) % 3

@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "madjax"
 RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.tangent", "sampling.scale",
-    "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces", "information", "coupling", "calibration",
-    "standardize", "scorer", "checkpoint", "detector", "stopping", "mechanisms", "xla_flags",
+    "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces", "information", "standardize",
+    "profile", "coupling", "calibration", "scorer", "checkpoint", "detector", "stopping", "mechanisms",
+    "xla_flags",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "baselines", "data", "interop", "metrics", "report")
 

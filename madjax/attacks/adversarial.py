@@ -171,7 +171,7 @@ def adaptive_pgd(
     _check_step(step_size, num_steps)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: wanted 0 to 1, got {weight}")
-    if lookup(detector.scorer.coupling).reduction == "peer_joint":
+    if lookup(detector.scorer.coupling).reduction in ("peer_joint", "profile"):
         raise ValueError(f"detector: the attack has no gradient of the coupling {detector.scorer.coupling!r}")
     if isinstance(detector.draws, TangentDraws):
         raise ValueError("detector: the attack passes images through drawn parameters, and a tangent has none")
