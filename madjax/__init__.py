@@ -1,6 +1,7 @@
 """Mechanistic anomaly detection via functional attribution (arXiv 2604.18970), in JAX."""
 
 from madjax.detector import Detector
+from madjax.ensemble import Ensemble
 from madjax.losses import ClassificationLoss, from_linen, from_nnx
 from madjax.sampling.perturbation import Gaussian, Langevin, Tangent
 from madjax.scorer import Scorer, Scores
@@ -13,6 +14,7 @@ leave_convolutions_to_xla()
 __all__ = [
     "ClassificationLoss",
     "Detector",
+    "Ensemble",
     "Gaussian",
     "Langevin",
     "Scorer",
