@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Scores, calibration, hosts, report
+from madjax import Detector, Scores, calibration, hosts, report
 from madjax.attacks import ATTACKS
+from madjax.ensemble import Ensemble
 from madjax.store import changed
 
 common.define_training_flags()
@@ -39,7 +40,7 @@ common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_seeds()
-common.define_list("preset", ["default"], ["default", "paper"], "Settings: of the flags, of the paper, or both.")
+common.define_presets("default", "tangent", "paper")
 common.define_detectors()
 common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
@@ -129,50 +130,76 @@ def _case(name: str, seed: int, workdir: Path) -> Case:
 def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     values = flags.FLAGS
     case = _case(name, seed, workdir)
-    pool = case.pool
     test = cases.make_test_set(case, name, seed)
     counted = test.counted
-    rows, shown, folder = [], False, workdir / "cells" / f"{name}-{seed}"
-    has_ours = common.FUNCTIONAL in values.detector
-    for settings in map(common.settings_from_flags, values.preset if has_ours else []):
-        start = time.perf_counter()
-        detector = common.fit_detector(
-            settings, seed, case.loss_fn, case.params, test.trusted, test.sampling, {"image": test.images},
-            folder / settings.preset,
-        )  # fmt: skip
-        assert detector.test is not None
-        losses, classes = detector.test
-        seconds = time.perf_counter() - start
-        named_scores = {
-            coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, classes)
-            for coupling in settings.coupling
-        }
-        rows += [
-            common.result_row(
-                name, seed, settings, coupling, detector, scores, test.is_anomalous,
-                accuracy=counted.accuracy, asr=counted.asr, sweep_seconds=seconds,
-            )
-            for coupling, scores in named_scores.items()
-        ]  # fmt: skip
-        if not shown and hosts.is_first():
-            shown = True
-            _show(folder, name, seed, test, named_scores, -detector.threshold())
-            coupling, first = next(iter(named_scores.items()))
-            title = f"{name}, seed {seed}, {coupling}"
-            report.plot_couplings(folder / "couplings.png", detector.scorer, losses, first, test.is_anomalous, title)
-            if len(counted.anomalous):
-                clean = pool.images[counted.anomalous[:8]]
-                report.plot_gallery(folder / "gallery.png", clean, counted.triggered[:8], name)
+    rows, folder = [], workdir / "cells" / f"{name}-{seed}"
+    if common.FUNCTIONAL in values.detector:
+        rows = _ours(name, seed, case, test, folder)
     for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted):
         row, scores = common.rival_row(
             name, seed, rival, {"image": test.images}, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
         )
-        rows.append(row)
-        if not shown and hosts.is_first():
-            shown = True
+        if not rows and hosts.is_first():
             threshold = -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)
             _show(folder, name, seed, test, {rival.name: scores}, threshold)
+        rows.append(row)
     return rows
+
+
+class _Fitted(NamedTuple):
+    """A preset's detector, and what each of its couplings says of the test examples."""
+
+    preset: str
+    detector: Detector
+    named_scores: dict[str, Scores]
+    rows: list[dict[str, Any]]
+
+
+def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list[dict[str, Any]]:
+    """A row of each preset and coupling, after that of an ensemble where there is one; the first is shown."""
+    fitted = [_fit(name, seed, case, test, folder, preset) for preset in flags.FLAGS.preset]
+    rows = [row for each in fitted for row in each.rows]
+    shown, threshold = fitted[0].named_scores, fitted[0].detector.threshold()
+    members = [each for preset in common.MEMBERS for each in fitted if each.preset == preset]
+    if len(members) == len(common.MEMBERS):
+        ensemble = Ensemble(tuple(each.detector for each in members), tuple(common.MEMBERS.values()))
+        scores = ensemble.add([next(iter(each.named_scores.values())) for each in members])
+        rows.insert(0, common.ensemble_row([each.rows[0] for each in members], scores, test.is_anomalous))
+        shown, threshold = {rows[0]["coupling"]: scores, **shown}, ensemble.threshold()
+    if hosts.is_first():
+        _show(folder, name, seed, test, shown, -threshold)
+        _, detector, named_scores, _ = fitted[0]
+        assert detector.test is not None
+        coupling, scores = next(iter(named_scores.items()))
+        title = f"{name}, seed {seed}, {coupling}"
+        report.plot_couplings(
+            folder / "couplings.png", detector.scorer, detector.test[0], scores, test.is_anomalous, title
+        )
+        if len(test.counted.anomalous):
+            clean = case.pool.images[test.counted.anomalous[:8]]
+            report.plot_gallery(folder / "gallery.png", clean, test.counted.triggered[:8], name)
+    return rows
+
+
+def _fit(name: str, seed: int, case: Case, test: TestSet, folder: Path, preset: str) -> _Fitted:
+    settings, start = common.settings_from_flags(preset), time.perf_counter()
+    detector = common.fit_detector(
+        settings, seed, case.loss_fn, case.params, test.trusted, test.sampling, {"image": test.images}, folder / preset
+    )
+    assert detector.test is not None
+    seconds = time.perf_counter() - start
+    named_scores = {
+        coupling: detector.with_coupling(coupling, settings.traces).score_losses(*detector.test)
+        for coupling in settings.coupling
+    }
+    rows = [
+        common.result_row(
+            name, seed, settings, coupling, detector, scores, test.is_anomalous,
+            accuracy=test.counted.accuracy, asr=test.counted.asr, sweep_seconds=seconds,
+        )
+        for coupling, scores in named_scores.items()
+    ]  # fmt: skip
+    return _Fitted(preset, detector, named_scores, rows)
 
 
 def _show(folder: Path, name: str, seed: int, test: TestSet, named_scores: dict[str, Scores], threshold: float) -> None:

@@ -28,6 +28,7 @@ from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS, DEFAULT
 from madjax.data import parse_normalization
 from madjax.data.images import FILES
+from madjax.ensemble import DRAWS, TANGENT
 from madjax.interop.guard import printable
 from madjax.losses import from_decoder
 from madjax.models import MODELS, build_model
@@ -102,6 +103,11 @@ def define_seeds() -> None:
             raise ValueError(f"wanted numbers from 0 on, each once, comma-separated, got {','.join(values)!r}")
 
     _register_check("seed", check)
+
+
+def define_presets(*presets: str) -> None:
+    """The flag `preset`, a list of some of these."""
+    define_list("preset", ["default"], presets, "Settings: of the flags, of a tangent, of the paper.")
 
 
 def define_weights(help_text: str) -> None:
@@ -241,6 +247,12 @@ def fit_rivals(
             yield Rival(name, baseline, time.perf_counter() - start)
 
 
+# presets that are reported together as well, and how much each counts
+MEMBERS = {"default": DRAWS.weight, "tangent": TANGENT.weight}
+_TANGENT = {
+    "sampler": "tangent", "num_draws": TANGENT.num_draws, "moved": 0.0, "coupling": [TANGENT.coupling],
+    "traces": TANGENT.traces, "layout": "auto",
+}  # fmt: skip
 PAPER = {
     "sampler": "rmsprop_sgld", "num_draws": 1750, "step_size": 1e-6, "nbeta": 100.0, "localization": 1e4,
     "num_chains": 1, "num_burnin_steps": 250, "num_steps_between_draws": 1, "drift": True, "parameters": None,
@@ -257,16 +269,18 @@ class Settings(NamedTuple):
     num_draws: int
     coupling: Sequence[str]
     traces: Traces
+    layout: str
 
 
 def settings_from_flags(preset: str) -> Settings:
-    """The settings of a preset: "default" follows the flags, "paper" is arXiv 2604.18970's, whatever they say."""
+    """The settings of a preset: "default" follows the flags, the others go their own way, whatever those say.
+
+    "tangent" are those of `madjax.ensemble.TANGENT`, "paper" arXiv 2604.18970's.
+    """
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in detection_flag_names()}
-    if preset == "paper":
-        values |= PAPER
-    return Settings(
-        preset, _perturbation(values), values["sampler"], values["num_draws"], values["coupling"], values["traces"]
-    )
+    values |= {"default": {}, "tangent": _TANGENT, "paper": PAPER}[preset]
+    names = ("sampler", "num_draws", "coupling", "traces", "layout")
+    return Settings(preset, _perturbation(values), *(values[name] for name in names))
 
 
 def _perturbation(values: dict[str, Any]) -> Perturbation:
@@ -309,7 +323,7 @@ def fit_detector(
         traces=settings.traces,
         fpr=values.fpr,
         per_class=values.per_class,
-        layout=values.layout,
+        layout=settings.layout,
         batch_size=values.batch_size,
         model_shards=values.model_shards,
         progress=True,
@@ -355,6 +369,19 @@ def result_row(
         "num_trusted": num_trusted,
         "num_benign": int((~is_anomalous).sum()),
         "num_anomalous": int(is_anomalous.sum()),
+    }
+
+
+def ensemble_row(rows: Sequence[dict[str, Any]], scores: Scores, is_anomalous: np.ndarray) -> dict[str, Any]:
+    """The same of an ensemble, from the rows of its detectors and what it says itself."""
+    first = rows[0]
+    summed = ("num_draws", "sample_forwards", "sweep_seconds", "seconds", "forwards_per_example")
+    joined = ("preset", "sampler", "coupling")
+    return {
+        **first,
+        **detection_row(scores, is_anomalous, first["acc"], first["asr"], first["threshold_fpr"]),
+        **{name: sum(row[name] for row in rows) for name in summed},
+        **{name: "+".join(row[name] for row in rows) for name in joined},
     }
 
 

@@ -8,12 +8,13 @@ or python -m experiments.score. trusted.npz and test.npz hold `image`, uint8 [n,
 `label` how right the model is. A model of another architecture comes as --loss_fn=package.module:function, your own
 code, which is called with --checkpoint and returns (loss_fn, params), for instance from `madjax.from_nnx`.
 
-`--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
+`--preset=default,tangent` asks draws and a tangent together (`madjax.Ensemble`), which finds more for three forward
+passes; `--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
 
 Writes config.json, pictures, scores.csv and, for further detectors, scores-<detector>.csv: id, prediction,
 anomaly_score, p_value, flagged, three nearest trusted ids. The detector is kept in detector/, and a second run with the
 same flags and trusted examples does not fit again. The losses lie in fit/ and test-<hash>/ (`madjax.open_traces`); a
-run that was interrupted goes on from there.
+run that was interrupted goes on from there. A tangent has folders of its own, detector-tangent/ and so on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from madjax import Detector, calibration, from_nnx, hosts, report
+from madjax import Detector, Ensemble, calibration, from_nnx, hosts, report
 from madjax.data import parse_normalization
 from madjax.data.npz import read_npz
 from madjax.interop.guard import shown
@@ -50,10 +51,12 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
+common.define_presets("default", "tangent")
 common.define_detectors()
 common.define_detection_flags()
 
-_OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed", "detector"]
+_OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed", "preset"]
+_OWN_FLAGS += ["detector"]
 
 
 def main() -> None:
@@ -65,24 +68,29 @@ def main() -> None:
     if bool(values.architecture) == bool(values.loss_fn):
         raise ValueError("architecture: wanted it or loss_fn, one of the two")
     trusted, test = (_read(name, values[name].value) for name in ("trusted", "test"))
-    settings, sampling = common.settings_from_flags("default"), _sampling()
+    sampling = _sampling()
     loss_fn, params = _model(trusted["image"].shape[1:])
     names = [*_OWN_FLAGS, *common.detection_flag_names()]
     digest = hashlib.sha256(np.ascontiguousarray(trusted["image"]).data).hexdigest()
     workdir, config = common.open_workdir(values.workdir, names, {"trusted_sha256": digest})
     is_anomalous = test.get("is_anomalous", np.zeros(len(test["image"]), bool))
-    judged = []
+    rows, judged = [], []
     if common.FUNCTIONAL in values.detector:
-        judged.append(
-            _ours(workdir, settings, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous)
+        rows, scores, threshold = _ours(
+            workdir, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous
         )
+        for row in rows:
+            row["acc"] = _accuracy(scores, test)
+        judged.append((rows[0], scores, threshold))
     if not hosts.is_first():
         return
     for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
         row, scores = common.rival_row(
             "unknown", values.seed, rival, {"image": test["image"]}, is_anomalous, accuracy=math.nan, asr=math.nan
         )
-        judged.append((row, scores, -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
+        row["acc"] = _accuracy(scores, test)
+        rows.append(row)
+        judged.append((row, scores, calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
     for row, scores, threshold in judged:
         first, name = row is judged[0][0], row["detector"]
@@ -90,12 +98,10 @@ def main() -> None:
         report.write_scores(path, ids[0], scores, test.get("is_anomalous"), ids[1])
         if first:
             title = name if name != common.FUNCTIONAL else row["coupling"]
-            report.plot_histogram(workdir / "histogram.png", scores, is_anomalous, threshold, title)
+            report.plot_histogram(workdir / "histogram.png", scores, is_anomalous, -threshold, title)
             report.plot_flagged(workdir / "flagged.png", test["image"], scores, is_anomalous, "least explained")
         print(f"{name}: {scores.flagged.sum()} of {len(scores.flagged)} flagged at {values.fpr:.1%}")
-        row["acc"] = _accuracy(scores, test)
     if "is_anomalous" in test:
-        rows = [row for row, *_ in judged]
         report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
         print(report.table(rows))
     print(f"results in {workdir}")
@@ -103,28 +109,37 @@ def main() -> None:
 
 def _ours(
     workdir: Path,
-    settings: common.Settings,
     loss_fn: Any,
     params: Any,
     trusted: np.ndarray,
     sampling: dict[str, np.ndarray] | None,
     images: np.ndarray,
     is_anomalous: np.ndarray,
-) -> tuple[dict[str, Any], Scores, float]:
-    """Row, scores and threshold of our detector, which is fitted, or read from `workdir`; all hosts take part."""
-    values, start = flags.FLAGS, time.perf_counter()
-    detector = _detector(workdir / "detector", settings, loss_fn, params, {"image": trusted}, sampling)
+) -> tuple[list[dict[str, Any]], Scores, float]:
+    """Rows, and what the first says; detectors are fitted, or read from `workdir`, and all hosts take part."""
+    values = flags.FLAGS
     # one host reads all of them for this, and the others only those that they sweep
     digest = hosts.first(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:12] if hosts.is_first() else "")
-    losses, classes = detector.sweep({"image": images}, workdir=workdir / f"test-{digest}", progress=True)
-    seconds = time.perf_counter() - start
-    scores = detector.score_losses(losses, classes)
-    # how often a trigger works cannot be told from those that do
-    row = common.result_row(
-        "unknown", values.seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
-        accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
-    )  # fmt: skip
-    return row, scores, -detector.threshold()
+    rows, detectors, all_scores = [], {}, []
+    for settings in map(common.settings_from_flags, values.preset):
+        start, suffix = time.perf_counter(), "" if settings.preset == "default" else f"-{settings.preset}"
+        detector = _detector(workdir, suffix, settings, loss_fn, params, {"image": trusted}, sampling)
+        losses, classes = detector.sweep({"image": images}, workdir=workdir / f"test-{digest}{suffix}", progress=True)
+        seconds = time.perf_counter() - start
+        detectors[settings.preset] = detector
+        all_scores.append(detector.score_losses(losses, classes))
+        # how often a trigger works cannot be told from those that do
+        rows.append(
+            common.result_row(
+                "unknown", values.seed, settings, detector.scorer.coupling, detector, all_scores[-1], is_anomalous,
+                accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
+            )
+        )  # fmt: skip
+    if len(detectors) == 1:
+        return rows, all_scores[0], next(iter(detectors.values())).threshold()
+    ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
+    scores = ensemble.add(all_scores)
+    return [common.ensemble_row(rows, scores, is_anomalous), *rows], scores, ensemble.threshold()
 
 
 def cli() -> None:
@@ -172,17 +187,19 @@ def _sampling() -> dict[str, np.ndarray] | None:
 
 
 def _detector(
-    folder: Path,
+    workdir: Path,
+    suffix: str,
     settings: common.Settings,
     loss_fn: Any,
     params: Any,
     trusted: dict[str, np.ndarray],
     sampling: dict[str, np.ndarray] | None,
 ) -> Detector:
+    folder = workdir / f"detector{suffix}"
     if folder.exists():
         return Detector.load(folder, loss_fn, params)
-    fit, seed = folder.parent / "fit", flags.FLAGS.seed
-    detector = common.fit_detector(settings, seed, loss_fn, params, trusted, sampling, None, fit)
+    fit = workdir / f"fit{suffix}"
+    detector = common.fit_detector(settings, flags.FLAGS.seed, loss_fn, params, trusted, sampling, None, fit)
     if hosts.is_first():
         detector.save(folder)
     hosts.barrier("saved")

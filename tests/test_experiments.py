@@ -253,17 +253,24 @@ def test_train_backdoor(trained, here):
     assert f"acc {row['acc']:.3f}" in again
 
 
-def test_backdoor_reads_a_trained_model_and_the_paper_stands_beside(trained, here, tmp_path, monkeypatch):
-    presets = ["--preset=default,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
+def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
+    presets = ["--preset=default,tangent,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     monkeypatch.setattr(common, "PAPER", {**common.PAPER, "num_draws": 8, "num_burnin_steps": 2})  # or it takes an hour
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["attack"] for row in rows} == {"bpp"}
     assert [(row["sampler"], row["coupling"]) for row in rows] == [
+        ("gaussian+tangent", "standardized_ccc+class_profile"),
         ("gaussian", "standardized_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
-        ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
+        ("tangent", "class_profile"), ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
     ]  # fmt: skip
+    for name in ("num_draws", "sample_forwards", "seconds"):
+        assert rows[0][name] == rows[1][name] + rows[4][name]
+    # the first is shown
+    shown = np.genfromtxt(tmp_path / "scores.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    bad = shown["is_anomalous"] == 1
+    assert shown["flagged"][~bad].mean() == pytest.approx(rows[0]["realized_fpr"])
     assert not (tmp_path / "models").exists()
 
 
@@ -363,10 +370,18 @@ def test_score(own_model, scored, tmp_path, finished):
 def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
-    driver("score", "--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", *given).main()
+    given += ["--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", "--preset=default,tangent"]
+    driver("score", *given).main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["detector"] for row in rows] == ["functional", "msp", "knn"]
-    assert [row["forwards_per_example"] for row in rows[1:]] == [1, 1]
+    assert [row["detector"] for row in rows] == ["functional"] * 3 + ["msp", "knn"]
+    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent", "", ""]
+    assert [row["forwards_per_example"] for row in rows[2:]] == [3, 1, 1]
+    # what is kept says the same again
+    for name in ("detector", "detector-tangent"):
+        assert (tmp_path / name).is_dir()
+    before = (tmp_path / "scores.csv").read_text()
+    driver("score", *given).main()
+    assert (tmp_path / "scores.csv").read_text() == before
     scored = {}
     for name in ("scores.csv", "scores-msp.csv", "scores-knn.csv"):
         with (tmp_path / name).open() as file:
