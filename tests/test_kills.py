@@ -17,7 +17,7 @@ from tests.own_model import score_flags
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chains", "gaussian"])
 def test_killed_at_random_moments(kind, tmp_path):
-    num_kills, num_draws = 25, 160
+    num_kills, num_draws = 25, 400
     rng = np.random.default_rng(num_kills)
     folder, whole = tmp_path / "killed", []
     for kill in range(num_kills):
