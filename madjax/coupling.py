@@ -51,6 +51,8 @@ PEERS = 40
 FADE = 5.0
 # pair matrices are made for this many entries at a time
 _BLOCK_ENTRIES = 4_000_000
+# trusted examples are left out in at most so many groups where nothing is known without computing all anew
+_FOLDS = 32
 # peers are sought among so many of the trusted examples, or all
 _SAMPLE = 512
 
@@ -107,7 +109,7 @@ def couplings(
     """
     _check(trusted, test, num_parts)
     if lookup(name).reduction == "profile":
-        return _profile(trusted, test, trusted_classes, classes, num_parts)[1]
+        return _profile(trusted, test, trusted_classes, classes, num_parts)
     return _reduce(lookup(name), trusted, test, trusted_classes, num_parts, leave_one_out=False)
 
 
@@ -119,7 +121,7 @@ def leave_one_out(
     if trusted.shape[1] < 2:
         raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
     if lookup(name).reduction == "profile":
-        return _profile(trusted, trusted[:, :0], trusted_classes, np.zeros(0), num_parts)[0]
+        return _profile_left_out(trusted, trusted_classes, num_parts)
     return _reduce(lookup(name), trusted, trusted, trusted_classes, num_parts, leave_one_out=True)
 
 
@@ -311,8 +313,7 @@ def _profile(
     trusted_classes: np.ndarray | None,
     classes: np.ndarray | None,
     num_parts: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of the trusted examples, each left out, and of the test examples."""
+) -> np.ndarray:
     if trusted_classes is None:
         trusted_classes, classes = np.zeros(trusted.shape[1]), np.zeros(test.shape[1])
     trusted_classes, classes = _one_each("trusted", trusted, trusted_classes), _one_each("test", test, classes)
@@ -322,6 +323,18 @@ def _profile(
         parts.append(profile.of_part(known, told, trusted_classes, classes, TOP_K))
     heights, of_test = (np.asarray(traces, np.float64).mean(0) for traces in (trusted, test))
     return profile.compare(parts, heights, of_test, trusted_classes, classes)
+
+
+def _profile_left_out(trusted: LossMatrix, classes: np.ndarray | None, num_parts: int) -> np.ndarray:
+    """Of each trusted example with the others, whose profiles are made without it too, and without a few more."""
+    count = trusted.shape[1]
+    classes = np.zeros(count) if classes is None else _one_each("trusted", trusted, classes)
+    groups, result = np.arange(count) % min(count, _FOLDS), np.empty(count)
+    for group in range(groups.max() + 1):
+        held_out = groups == group
+        kept = ~held_out
+        result[held_out] = _profile(trusted[:, kept], trusted[:, held_out], classes[kept], classes[held_out], num_parts)
+    return result
 
 
 def _peer_nearest(pair: Pair, trusted: LossMatrix, test: LossMatrix, *, leave_one_out: bool) -> np.ndarray:

@@ -58,8 +58,8 @@ def compare(
     heights_of_test: np.ndarray,
     trusted_classes: np.ndarray,
     classes: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Couplings of the trusted examples, each left out, and of the test examples, in trusted standard deviations.
+) -> np.ndarray:
+    """Couplings of the test examples, in standard deviations of the trusted ones.
 
     Args:
       parts: of each part of the model, what `of_part` says.
@@ -72,8 +72,7 @@ def compare(
     sums, sums_of_test = own[:, :-1:2].sum(1), told[:, :-1:2].sum(1)
     explained = standardize_trusted(sums, trusted_classes), standardize(sums_of_test, classes, sums, trusted_classes)
     usual = _usual(*_within_class(own, told, trusted_classes, classes))
-    (first, first_of_test), (second, second_of_test) = _in_deviations(*explained), _in_deviations(*usual)
-    return np.minimum(first, second), np.minimum(first_of_test, second_of_test)
+    return np.minimum(_in_deviations(*explained), _in_deviations(*usual))
 
 
 def _mean_highest(products: np.ndarray, count: int) -> np.ndarray:
@@ -105,9 +104,8 @@ def _usual(own: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return -np.log(np.maximum(left_out, _TINY)), -np.log(np.maximum(distances[1], _TINY))
 
 
-def _in_deviations(trusted: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    deviation = _positive(trusted.std())
-    return (trusted - trusted.mean()) / deviation, (test - trusted.mean()) / deviation
+def _in_deviations(trusted: np.ndarray, test: np.ndarray) -> np.ndarray:
+    return (test - trusted.mean()) / _positive(trusted.std())
 
 
 def _positive(deviation: np.ndarray) -> np.ndarray:

@@ -99,26 +99,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `results.json` as text, one line each; preset and detector are told where there are several."""
     several = len({row.get("preset") for row in rows if row.get("preset") != ""}) > 1
     rivals = len({row.get("detector") for row in rows}) > 1
-    preset = f"{'preset':<8}" if several else ""
-    detector = f"{'detector':<21}" if rivals else ""
-    head = f"{'attack':<11} {detector}{preset}{'sampler':<12} {'coupling':<17} {'seed':>4} "
+    named = {
+        "attack": 11,
+        "detector": 20 if rivals else 0,
+        "preset": 7 if several else 0,
+        "sampler": 12,
+        "coupling": 17,
+    }
+    widths = {name: max(least, *(len(row.get(name) or "") for row in rows)) for name, least in named.items() if least}
+    head = " ".join(f"{name:<{width}}" for name, width in widths.items()) + " seed "
     head += f"{'ACC':>5} {'ASR':>5} {'AUROC':>6} {'same':>6} {'AP':>6} "
     head += f"{'R@1%':>5} {'R@5%':>5} {'FPR':>5} {'TPR':>5} {'DER':>5} {'draws':>5} {'sweep s':>7}"
     head += f" {'forwards':>8}" if rivals else ""
     lines = [head, "-" * len(head)]
     for row in rows:
         recall = row["recall_at_fpr"]
-        seed = row["seed"] if isinstance(row["seed"], str) else f"{row['seed']}"
         figures = [row["acc"], row["asr"], row["auroc"], row["auroc_same_prediction"], row["ap"]]
         figures += [recall["0.01"], recall["0.05"], row["realized_fpr"], row["tpr"], row["der"]]
-        widths = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
-        cells = " ".join(_cell(figure, width) for figure, width in zip(figures, widths, strict=True))
-        preset = f"{row.get('preset') or '':<8}" if several else ""
-        detector = f"{row.get('detector') or '':<21}" if rivals else ""
-        name = f"{row['attack']:<11} {detector}{preset}{row['sampler']:<12} {row['coupling']:<17} {seed:>4}"
+        sizes = (5, 5, 6, 6, 6, 5, 5, 5, 5, 5)
+        cells = " ".join(_cell(figure, size) for figure, size in zip(figures, sizes, strict=True))
+        texts = " ".join(f"{row.get(name) or '':<{width}}" for name, width in widths.items())
         cost = f"{row['num_draws']:>5} {row['sweep_seconds']:>7.1f}"
         cost += f" {row['forwards_per_example']:>8.1f}" if rivals else ""
-        lines.append(f"{name} {cells} {cost}")
+        lines.append(f"{texts} {row['seed']:>4} {cells} {cost}")
     return "\n".join(lines)
 
 

@@ -159,3 +159,15 @@ def test_traces_that_nothing_moves_are_no_division_by_zero():
     values = coupling.leave_one_out("class_profile", trusted, np.arange(12) % 2, num_parts=2)
     assert np.isfinite(values).all()
     assert np.isfinite(coupling.couplings("class_profile", trusted, trusted * 0, num_parts=2)).all()
+
+
+def test_trusted_examples_are_left_out_of_the_profiles_of_others(traces, monkeypatch):
+    trusted, _, classes, _ = traces
+    monkeypatch.setattr(coupling, "_FOLDS", 5)
+    values = coupling.leave_one_out("class_profile", trusted, classes, num_parts=NUM_PARTS)
+    held_out = np.arange(22) % 5 == 2
+    wanted = coupling.couplings(
+        "class_profile", trusted[:, ~held_out], trusted[:, held_out], classes[~held_out], classes=classes[held_out],
+        num_parts=NUM_PARTS,
+    )  # fmt: skip
+    np.testing.assert_allclose(values[held_out], wanted)
