@@ -6,6 +6,7 @@ import pytest
 from madjax import coupling, profile
 from madjax.metrics import auroc
 from madjax.scorer import Scorer
+from madjax.standardize import standardize, standardize_trusted
 from tests import oracles
 
 NUM_PARTS, DRAWS_OF_EACH = 3, 40
@@ -171,3 +172,30 @@ def test_trusted_examples_are_left_out_of_the_profiles_of_others(traces, monkeyp
         num_parts=NUM_PARTS,
     )  # fmt: skip
     np.testing.assert_allclose(values[held_out], wanted)
+
+
+def test_the_lesser_of_what_is_told_and_how_usual_that_is():
+    rng = np.random.default_rng(7)
+    trusted_classes, classes = np.arange(40) % 2, np.array([0, 1, 1, 0, 1])
+    parts = [(rng.gamma(2, size=(40, 2)), rng.gamma(2, size=(5, 2))) for _ in range(3)]
+    heights, of_test = rng.normal(-8, 2, size=40), rng.normal(-8, 2, size=5)
+    nats = [sum(part[side][:, 0] / part[0][:, 0].std() for part in parts) for side in (0, 1)]
+    told = standardize(nats[1], classes, nats[0], trusted_classes)
+    known = standardize_trusted(nats[0], trusted_classes)
+    profiles = [
+        np.column_stack([*(part[side] for part in parts), height]) for side, height in enumerate((heights, of_test))
+    ]
+    mean, deviation = profiles[0].mean(0), profiles[0].std(0)
+    centered = profile._within_class(*((x - mean) / deviation for x in profiles), trusted_classes, classes)
+    usual, usual_of_test = profile._usual(*centered)
+    wanted = np.minimum((told - known.mean()) / known.std(), (usual_of_test - usual.mean()) / usual.std())
+    np.testing.assert_allclose(profile.compare(parts, heights, of_test, trusted_classes, classes), wanted)
+
+
+def test_how_sure_the_model_is_belongs_to_a_profile(traces):
+    trusted, test, trusted_classes, classes = traces
+    given = {"classes": classes, "num_parts": NUM_PARTS}
+    values = coupling.couplings("class_profile", trusted, test, trusted_classes, **given)
+    surer = coupling.couplings("class_profile", trusted, test - 20, trusted_classes, **given)
+    # a class of one is told of by nobody, however sure the model is
+    assert (surer < values)[:9].all()
