@@ -11,7 +11,9 @@ Unless it is given a checkpoint, it trains a model for every attack and seed, wi
 poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself; weights must have been trained with
 badnet, sig or bpp, whose triggers are always the same. Images that no model was trained on are split into trusted,
 sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
-images that fire are counted. --preset=paper adds the paper's chain and couplings to the table.
+images that fire are counted. The first row of each model is of draws and a tangent together (`madjax.Ensemble`), the
+others of each alone; --preset=default leaves the tangent out, and with paper among them the table has the paper's chain
+and couplings as well.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -40,7 +42,7 @@ common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_seeds()
-common.define_presets("default", "tangent", "paper")
+common.define_presets(["default", "tangent"], ["default", "tangent", "paper"])
 common.define_detectors()
 common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")

@@ -105,9 +105,9 @@ def define_seeds() -> None:
     _register_check("seed", check)
 
 
-def define_presets(*presets: str) -> None:
+def define_presets(default: Sequence[str], presets: Sequence[str]) -> None:
     """The flag `preset`, a list of some of these."""
-    define_list("preset", ["default"], presets, "Settings: of the flags, of a tangent, of the paper.")
+    define_list("preset", default, presets, "Settings: of the flags, of a tangent, of the paper.")
 
 
 def define_weights(help_text: str) -> None:

@@ -51,7 +51,7 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
-common.define_presets("default", "tangent")
+common.define_presets(["default"], ["default", "tangent"])
 common.define_detectors()
 common.define_detection_flags()
 

@@ -50,7 +50,7 @@ def test_backdoor_writes_what_it_says(finished):
     workdir, done = finished
     results = json.loads((workdir / "results.json").read_text())
     assert results["config"]["attack"] == ["badnet", "clean"]
-    assert len(results["rows"]) == 6
+    assert len(results["rows"]) == 10
     keys = {
         "attack", "sampler", "coupling", "seed", "acc", "asr", "auroc", "auroc_same_prediction", "ap", "recall_at_fpr",
         "threshold_fpr", "realized_fpr", "tpr", "der", "num_draws", "sample_forwards", "sweep_seconds",
@@ -62,13 +62,13 @@ def test_backdoor_writes_what_it_says(finished):
     assert results["rows"][-1]["auroc"] is None  # the clean model
     with (workdir / "scores.csv").open() as file:
         scores = list(csv.DictReader(file))
-    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::3])
+    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::5])
     assert all(line["flagged"] == str(int(float(line["p_value"]) <= 0.05)) for line in scores)
     flagged = [line["flagged"] == "1" for line in scores if line["id"].startswith("badnet-0/triggered")]
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
     for name in ("histogram", "roc", "couplings", "flagged", "gallery"):
         assert (workdir / "cells" / "badnet-0" / f"{name}.png").stat().st_size > 5000
-    assert "badnet      gaussian     standardized_ccc" in done.stdout
+    assert "badnet      default+tangent gaussian+tangent standardized_ccc+class_profile" in done.stdout
     assert "average" in done.stdout
     assert "5.00% wanted" in done.stdout
 
@@ -76,7 +76,7 @@ def test_backdoor_writes_what_it_says(finished):
 @pytest.mark.slow
 def test_backdoor_with_rivals(here, tmp_path):
     rivals = ["mahalanobis", "strip", "gradient_cosine_last"]
-    given = ["--coupling=topk_ccc", *SMALL]
+    given = ["--coupling=topk_ccc", "--preset=default", *SMALL]
     out = here(
         "backdoor", f"--workdir={tmp_path}/both", f"--detector=functional,{','.join(rivals)}", "--attack=badnet", *given
     )
@@ -118,7 +118,7 @@ def test_backdoor_resumes_and_refuses_other_flags(finished, here, driver, compla
 def test_backdoor_with_chains(here, tmp_path):
     here(
         "backdoor", f"--workdir={tmp_path}", "--attack=badnet", "--sampler=rmsprop_sgld", "--num_chains=2",
-        "--num_burnin_steps=2", "--drift", "--coupling=class_correlation", "--traces=raw", *SMALL,
+        "--num_burnin_steps=2", "--drift", "--coupling=class_correlation", "--traces=raw", "--preset=default", *SMALL,
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     # 2 + 2 · 4 steps... burn-in of both chains and a step a draw, three passes over 190 images each
@@ -319,7 +319,7 @@ def test_a_backdoorbench_result(driver, tmp_path, capsys):
     make_download(tmp_path, weights, images, np.where(np.arange(40) < 20, answers[0], 0), 255 - images)
     module = driver(
         "backdoor", f"--backdoorbench={tmp_path}/record", f"--data_dir={tmp_path}", f"--workdir={tmp_path}/run",
-        "--num_draws=4", "--layout=host", "--coupling=topk_ccc",
+        "--num_draws=4", "--layout=host", "--coupling=topk_ccc", "--preset=default",
     )  # fmt: skip
     module.main()
     (row,) = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
