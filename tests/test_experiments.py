@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, argum
         (["--coupling=cosine"], "wanted some of mean_correlation, class_correlation"),
         (["--sampler=hmc"], r"gaussian\|tangent\|rmsprop_sgld\|sgld"),
         (["--seed=a"], "wanted numbers from 0 on, each once, comma-separated, got 'a'"),
-        (["--preset=ours"], "wanted some of default, paper, each once, got 'ours'"),
+        (["--preset=ours"], "wanted some of default, tangent, paper, each once, got 'ours'"),
         (["--layout=pmap"], "layout: wanted auto, host, layers, scanK or vmapK"),
         (["--parameters=("], r"parameters=\(: wanted a regular expression, got '\('"),
         (["--fpr=0"], "fpr: wanted a rate between 0 and 1, got 0"),
