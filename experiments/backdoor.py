@@ -12,8 +12,9 @@ poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself;
 badnet, sig or bpp, whose triggers are always the same. Images that no model was trained on are split into trusted,
 sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
 images that fire are counted. The first row of each model is of draws and a tangent together (`madjax.Ensemble`), the
-others of each alone; --preset=default leaves the tangent out, and with paper among them the table has the paper's chain
-and couplings as well.
+others of each alone; "batch" holds all test images of a model against each other as well (`madjax.batch`), by the draws
+of the first preset. --preset=default has the draws alone, and with paper among the presets the table has the paper's
+chain and couplings.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -32,8 +33,9 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, Scores, calibration, hosts, report
+from madjax import Detector, Scores, batch, calibration, hosts, report
 from madjax.attacks import ATTACKS
+from madjax.coupling import TOP_K
 from madjax.ensemble import Ensemble
 from madjax.store import changed
 
@@ -42,7 +44,7 @@ common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_seeds()
-common.define_presets(["default", "tangent"], ["default", "tangent", "paper"])
+common.define_presets(["default", "tangent", "batch"], ["default", "tangent", "batch", "paper"])
 common.define_detectors()
 common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
@@ -159,15 +161,21 @@ class _Fitted(NamedTuple):
 
 def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list[dict[str, Any]]:
     """A row of each preset and coupling, after that of an ensemble where there is one; the first is shown."""
-    fitted = [_fit(name, seed, case, test, folder, preset) for preset in flags.FLAGS.preset]
+    presets = [preset for preset in flags.FLAGS.preset if preset != "batch"]
+    fitted = [_fit(name, seed, case, test, folder, preset) for preset in presets]
     rows = [row for each in fitted for row in each.rows]
     shown, threshold = fitted[0].named_scores, fitted[0].detector.threshold()
     members = [each for preset in common.MEMBERS for each in fitted if each.preset == preset]
     if len(members) == len(common.MEMBERS):
         ensemble = Ensemble(tuple(each.detector for each in members), tuple(common.MEMBERS.values()))
         scores = ensemble.add([next(iter(each.named_scores.values())) for each in members])
-        rows.insert(0, common.ensemble_row([each.rows[0] for each in members], scores, test.is_anomalous))
+        rows.insert(0, common.derived_row([each.rows[0] for each in members], scores, test.is_anomalous))
         shown, threshold = {rows[0]["coupling"]: scores, **shown}, ensemble.threshold()
+    if len(presets) < len(flags.FLAGS.preset) and len(test.images) > TOP_K:
+        _, detector, _, (row, *_) = fitted[0]
+        assert detector.test is not None
+        scores = batch.score_losses(detector.scorer, *detector.test, fpr=detector.fpr)
+        rows.append(common.derived_row([row], scores, test.is_anomalous, "+batch"))
     if hosts.is_first():
         _show(folder, name, seed, test, shown, -threshold)
         _, detector, named_scores, _ = fitted[0]

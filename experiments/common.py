@@ -109,6 +109,12 @@ def define_presets(default: Sequence[str], presets: Sequence[str]) -> None:
     """The flag `preset`, a list of some of these."""
     define_list("preset", default, presets, "Settings: of the flags, of a tangent, of the paper.")
 
+    def check(values: list[str]) -> None:
+        if values == ["batch"]:
+            raise ValueError("wanted a preset beside batch, which goes by another's draws, got batch alone")
+
+    _register_check("preset", check)
+
 
 def define_weights(help_text: str) -> None:
     """The flags `checkpoint`, with this help, and `normalization`."""
@@ -372,16 +378,19 @@ def result_row(
     }
 
 
-def ensemble_row(rows: Sequence[dict[str, Any]], scores: Scores, is_anomalous: np.ndarray) -> dict[str, Any]:
-    """The same of an ensemble, from the rows of its detectors and what it says itself."""
+def derived_row(
+    rows: Sequence[dict[str, Any]], scores: Scores, is_anomalous: np.ndarray, suffix: str = ""
+) -> dict[str, Any]:
+    """The same of scores made from those of one or several detectors, from their rows."""
     first = rows[0]
     summed = ("num_draws", "sample_forwards", "sweep_seconds", "seconds", "forwards_per_example")
-    joined = ("preset", "sampler", "coupling")
+    joined = {name: "+".join(row[name] for row in rows) for name in ("preset", "sampler", "coupling")}
     return {
         **first,
         **detection_row(scores, is_anomalous, first["acc"], first["asr"], first["threshold_fpr"]),
         **{name: sum(row[name] for row in rows) for name in summed},
-        **{name: "+".join(row[name] for row in rows) for name in joined},
+        **joined,
+        "preset": joined["preset"] + suffix,
     }
 
 

@@ -139,7 +139,7 @@ def _ours(
         return rows, all_scores[0], next(iter(detectors.values())).threshold()
     ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
     scores = ensemble.add(all_scores)
-    return [common.ensemble_row(rows, scores, is_anomalous), *rows], scores, ensemble.threshold()
+    return [common.derived_row(rows, scores, is_anomalous), *rows], scores, ensemble.threshold()
 
 
 def cli() -> None:

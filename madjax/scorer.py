@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -114,6 +115,20 @@ class Scorer:
         if self.trusted_classes is None or not lookup(self.coupling).standardized:
             return self.left_out
         return standardize_trusted(self.left_out, self.trusted_classes)
+
+    def maps_without(self, groups: np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[LossMatrix], np.ndarray]]]:
+        """For each of the groups `[num_trusted]`, who is in it, and the map of losses fitted to the others."""
+        for group in np.unique(groups):
+            held_out = np.flatnonzero(groups == group)
+            if self.trace_map is None or self.traces == "log":
+                yield held_out, self.map
+            else:
+                yield held_out, self._fit.without(held_out)
+
+    @cached_property
+    def _fit(self) -> TraceMapFit:
+        assert self.trace_map is not None
+        return TraceMapFit(self.trusted, self.trace_map.least, whiten=self.trace_map.root is not None)
 
     def map(self, losses: LossMatrix) -> np.ndarray:
         """The traces of losses at the trusted draws."""

@@ -50,7 +50,7 @@ def test_backdoor_writes_what_it_says(finished):
     workdir, done = finished
     results = json.loads((workdir / "results.json").read_text())
     assert results["config"]["attack"] == ["badnet", "clean"]
-    assert len(results["rows"]) == 10
+    assert len(results["rows"]) == 12
     keys = {
         "attack", "sampler", "coupling", "seed", "acc", "asr", "auroc", "auroc_same_prediction", "ap", "recall_at_fpr",
         "threshold_fpr", "realized_fpr", "tpr", "der", "num_draws", "sample_forwards", "sweep_seconds",
@@ -62,7 +62,7 @@ def test_backdoor_writes_what_it_says(finished):
     assert results["rows"][-1]["auroc"] is None  # the clean model
     with (workdir / "scores.csv").open() as file:
         scores = list(csv.DictReader(file))
-    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::5])
+    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::6])
     assert all(line["flagged"] == str(int(float(line["p_value"]) <= 0.05)) for line in scores)
     flagged = [line["flagged"] == "1" for line in scores if line["id"].startswith("badnet-0/triggered")]
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
@@ -162,7 +162,8 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, argum
         (["--coupling=cosine"], "wanted some of mean_correlation, class_correlation"),
         (["--sampler=hmc"], r"gaussian\|tangent\|rmsprop_sgld\|sgld"),
         (["--seed=a"], "wanted numbers from 0 on, each once, comma-separated, got 'a'"),
-        (["--preset=ours"], "wanted some of default, tangent, paper, each once, got 'ours'"),
+        (["--preset=batch"], "wanted a preset beside batch"),
+        (["--preset=ours"], "wanted some of default, tangent, batch, paper, each once, got 'ours'"),
         (["--layout=pmap"], "layout: wanted auto, host, layers, scanK or vmapK"),
         (["--parameters=("], r"parameters=\(: wanted a regular expression, got '\('"),
         (["--fpr=0"], "fpr: wanted a rate between 0 and 1, got 0"),
@@ -254,7 +255,7 @@ def test_train_backdoor(trained, here):
 
 
 def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
-    presets = ["--preset=default,tangent,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
+    presets = ["--preset=default,tangent,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     monkeypatch.setattr(common, "PAPER", {**common.PAPER, "num_draws": 8, "num_burnin_steps": 2})  # or it takes an hour
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
@@ -264,7 +265,10 @@ def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, 
         ("gaussian+tangent", "standardized_ccc+class_profile"),
         ("gaussian", "standardized_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
         ("tangent", "class_profile"), ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
+        ("gaussian", "standardized_ccc"),
     ]  # fmt: skip
+    assert [row["preset"] for row in rows[1:2] + rows[-1:]] == ["default", "default+batch"]
+    assert rows[-1]["auroc"] != rows[1]["auroc"]
     for name in ("num_draws", "sample_forwards", "seconds"):
         assert rows[0][name] == rows[1][name] + rows[4][name]
     # the first is shown
