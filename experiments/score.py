@@ -9,7 +9,9 @@ or python -m experiments.score. trusted.npz and test.npz hold `image`, uint8 [n,
 code, which is called with --checkpoint and returns (loss_fn, params), for instance from `madjax.from_nnx`.
 
 `--preset=default,tangent` asks draws and a tangent together (`madjax.Ensemble`), which finds more for three forward
-passes; `--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
+passes; with batch among the presets all test examples are held against each other as well (`madjax.batch`), which finds
+more where there are several anomalies of a kind, and scores-batch.csv says what comes of it.
+`--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
 
 Writes config.json, pictures, scores.csv and, for further detectors, scores-<detector>.csv: id, prediction,
 anomaly_score, p_value, flagged, three nearest trusted ids. The detector is kept in detector/, and a second run with the
@@ -26,13 +28,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import common
-from madjax import Detector, Ensemble, calibration, from_nnx, hosts, report
+from madjax import Detector, Ensemble, batch, calibration, from_nnx, hosts, report
+from madjax.coupling import TOP_K
 from madjax.data import parse_normalization
 from madjax.data.npz import read_npz
 from madjax.interop.guard import shown
@@ -51,12 +54,21 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
-common.define_presets(["default"], ["default", "tangent"])
+common.define_presets(["default"], ["default", "tangent", "batch"])
 common.define_detectors()
 common.define_detection_flags()
 
 _OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed", "preset"]
 _OWN_FLAGS += ["detector"]
+
+
+class _Judged(NamedTuple):
+    """What a file of scores is written from; the threshold is a coupling."""
+
+    name: str
+    row: dict[str, Any]
+    scores: Scores
+    threshold: float
 
 
 def main() -> None:
@@ -68,6 +80,8 @@ def main() -> None:
     if bool(values.architecture) == bool(values.loss_fn):
         raise ValueError("architecture: wanted it or loss_fn, one of the two")
     trusted, test = (_read(name, values[name].value) for name in ("trusted", "test"))
+    if "batch" in values.preset and len(test["image"]) <= TOP_K:
+        raise ValueError(f"test: wanted {TOP_K + 1} images at least to score as a batch, got {len(test['image'])}")
     sampling = _sampling()
     loss_fn, params = _model(trusted["image"].shape[1:])
     names = [*_OWN_FLAGS, *common.detection_flag_names()]
@@ -76,12 +90,9 @@ def main() -> None:
     is_anomalous = test.get("is_anomalous", np.zeros(len(test["image"]), bool))
     rows, judged = [], []
     if common.FUNCTIONAL in values.detector:
-        rows, scores, threshold = _ours(
-            workdir, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous
-        )
+        rows, judged = _ours(workdir, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous)
         for row in rows:
-            row["acc"] = _accuracy(scores, test)
-        judged.append((rows[0], scores, threshold))
+            row["acc"] = _accuracy(judged[0].scores, test)
     if not hosts.is_first():
         return
     for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
@@ -90,10 +101,11 @@ def main() -> None:
         )
         row["acc"] = _accuracy(scores, test)
         rows.append(row)
-        judged.append((row, scores, calibration.threshold(-rival.baseline.trusted_scores, values.fpr)))
+        threshold = calibration.threshold(-rival.baseline.trusted_scores, values.fpr)
+        judged.append(_Judged(rival.name, row, scores, threshold))
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
-    for row, scores, threshold in judged:
-        first, name = row is judged[0][0], row["detector"]
+    for name, row, scores, threshold in judged:
+        first = row is rows[0]
         path = workdir / ("scores.csv" if first else f"scores-{name}.csv")
         report.write_scores(path, ids[0], scores, test.get("is_anomalous"), ids[1])
         if first:
@@ -115,17 +127,18 @@ def _ours(
     sampling: dict[str, np.ndarray] | None,
     images: np.ndarray,
     is_anomalous: np.ndarray,
-) -> tuple[list[dict[str, Any]], Scores, float]:
-    """Rows, and what the first says; detectors are fitted, or read from `workdir`, and all hosts take part."""
+) -> tuple[list[dict[str, Any]], list[_Judged]]:
+    """Rows, and what is written; detectors are fitted, or read from `workdir`, and all hosts take part."""
     values = flags.FLAGS
     # one host reads all of them for this, and the others only those that they sweep
     digest = hosts.first(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:12] if hosts.is_first() else "")
-    rows, detectors, all_scores = [], {}, []
-    for settings in map(common.settings_from_flags, values.preset):
+    rows, detectors, swept, all_scores = [], {}, [], []
+    for settings in map(common.settings_from_flags, [name for name in values.preset if name != "batch"]):
         start, suffix = time.perf_counter(), "" if settings.preset == "default" else f"-{settings.preset}"
         detector = _detector(workdir, suffix, settings, loss_fn, params, {"image": trusted}, sampling)
         losses, classes = detector.sweep({"image": images}, workdir=workdir / f"test-{digest}{suffix}", progress=True)
         seconds = time.perf_counter() - start
+        swept.append((losses, classes))
         detectors[settings.preset] = detector
         all_scores.append(detector.score_losses(losses, classes))
         # how often a trigger works cannot be told from those that do
@@ -135,11 +148,18 @@ def _ours(
                 accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
             )
         )  # fmt: skip
-    if len(detectors) == 1:
-        return rows, all_scores[0], next(iter(detectors.values())).threshold()
-    ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
-    scores = ensemble.add(all_scores)
-    return [common.derived_row(rows, scores, is_anomalous), *rows], scores, ensemble.threshold()
+    first = next(iter(detectors.values()))
+    judged = [_Judged(common.FUNCTIONAL, rows[0], all_scores[0], first.threshold())]
+    if len(detectors) > 1:
+        ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
+        scores = ensemble.add(all_scores)
+        rows.insert(0, common.derived_row(rows, scores, is_anomalous))
+        judged = [_Judged(common.FUNCTIONAL, rows[0], scores, ensemble.threshold())]
+    if "batch" in values.preset:
+        scores = batch.score_losses(first.scorer, *swept[0], fpr=values.fpr)
+        rows.append(common.derived_row([rows[len(detectors) > 1]], scores, is_anomalous, "+batch"))
+        judged.append(_Judged("batch", rows[-1], scores, math.nan))
+    return rows, judged
 
 
 def cli() -> None:

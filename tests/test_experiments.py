@@ -374,12 +374,12 @@ def test_score(own_model, scored, tmp_path, finished):
 def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
-    given += ["--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", "--preset=default,tangent"]
+    given += ["--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", "--preset=default,tangent,batch"]
     driver("score", *given).main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["detector"] for row in rows] == ["functional"] * 3 + ["msp", "knn"]
-    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent", "", ""]
-    assert [row["forwards_per_example"] for row in rows[2:]] == [3, 1, 1]
+    assert [row["detector"] for row in rows] == ["functional"] * 4 + ["msp", "knn"]
+    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent", "default+batch", "", ""]
+    assert [rows[index]["forwards_per_example"] for index in (2, 4, 5)] == [3, 1, 1]
     # what is kept says the same again
     for name in ("detector", "detector-tangent"):
         assert (tmp_path / name).is_dir()
@@ -387,11 +387,11 @@ def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     driver("score", *given).main()
     assert (tmp_path / "scores.csv").read_text() == before
     scored = {}
-    for name in ("scores.csv", "scores-msp.csv", "scores-knn.csv"):
+    for name in ("scores.csv", "scores-batch.csv", "scores-msp.csv", "scores-knn.csv"):
         with (tmp_path / name).open() as file:
             scored[name] = [line["anomaly_score"] for line in csv.DictReader(file)]
     assert {len(scores) for scores in scored.values()} == {40}
-    assert scored["scores.csv"] != scored["scores-msp.csv"] != scored["scores-knn.csv"]
+    assert len(set(map(tuple, scored.values()))) == 4
 
 
 def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
