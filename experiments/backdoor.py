@@ -12,9 +12,9 @@ poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself;
 badnet, sig or bpp, whose triggers are always the same. Images that no model was trained on are split into trusted,
 sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
 images that fire are counted. The first row of each model is of draws and a tangent together (`madjax.Ensemble`), the
-others of each alone; "batch" holds all test images of a model against each other as well (`madjax.batch`), by the draws
-of the first preset. --preset=default has the draws alone, and with paper among the presets the table has the paper's
-chain and couplings.
+others of each alone; "batch" holds all test images of a model against each other as well, where there are eleven
+(`madjax.batch`), by the draws of the first preset. --preset=default has the draws alone, and with paper among the
+presets the table has the paper's chain and couplings.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -33,10 +33,9 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, Scores, batch, calibration, hosts, report
+from madjax import Detector, Ensemble, Scores, batch, calibration, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.coupling import TOP_K
-from madjax.ensemble import Ensemble
 from madjax.store import changed
 
 common.define_training_flags()

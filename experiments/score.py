@@ -148,8 +148,8 @@ def _ours(
                 accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
             )
         )  # fmt: skip
-    first = next(iter(detectors.values()))
-    judged = [_Judged(common.FUNCTIONAL, rows[0], all_scores[0], first.threshold())]
+    first, first_row = next(iter(detectors.values())), rows[0]
+    judged = [_Judged(common.FUNCTIONAL, first_row, all_scores[0], first.threshold())]
     if len(detectors) > 1:
         ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
         scores = ensemble.add(all_scores)
@@ -157,7 +157,7 @@ def _ours(
         judged = [_Judged(common.FUNCTIONAL, rows[0], scores, ensemble.threshold())]
     if "batch" in values.preset:
         scores = batch.score_losses(first.scorer, *swept[0], fpr=values.fpr)
-        rows.append(common.derived_row([rows[len(detectors) > 1]], scores, is_anomalous, "+batch"))
+        rows.append(common.derived_row([first_row], scores, is_anomalous, "+batch"))
         judged.append(_Judged("batch", rows[-1], scores, math.nan))
     return rows, judged
 

@@ -16,11 +16,13 @@ examples from elsewhere than the usual test ones make all of those suspicious.
 from __future__ import annotations
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from madjax import calibration
 from madjax.coupling import TOP_K, couplings, leave_one_out
 from madjax.detector import Detector
 from madjax.scorer import Scorer, Scores
+from madjax.standardize import in_deviations
 from madjax.types import Batch, LossMatrix
 
 # trusted examples are left out in at most so many groups
@@ -46,17 +48,14 @@ def score_losses(scorer: Scorer, losses: LossMatrix, classes: np.ndarray | None 
     trusted, test = scorer.map(scorer.trusted), scorer.map(losses)
     rather_of_test = couplings("topk_ccc", trusted, test) - leave_one_out("topk_ccc", test)
     # the map of traces fits those that it was fitted to better, so a trusted example is left out of it as well
-    count = trusted.shape[1]
-    rather = np.empty(count)
-    for held_out, trace_map in scorer.maps_without(np.arange(count) % min(count, _FOLDS)):
-        trusted, test = trace_map(scorer.trusted), trace_map(losses)
-        one, others = trusted[:, held_out], np.delete(trusted, held_out, axis=1)
-        rather[held_out] = couplings("topk_ccc", others, one) - couplings("topk_ccc", test, one)
-    known = _in_deviations(scorer.trusted_couplings, scorer.trusted_couplings) + _in_deviations(rather, rather)
-    values = _in_deviations(-alone.anomaly_score, scorer.trusted_couplings) + _in_deviations(rather_of_test, rather)
+    rather = np.empty(trusted.shape[1])
+    with threadpool_limits(1):  # as in a scorer's fit
+        for held_out, trace_map in scorer.maps_without(_FOLDS):
+            trusted, test = trace_map(scorer.trusted), trace_map(losses)
+            one, others = trusted[:, held_out], np.delete(trusted, held_out, axis=1)
+            rather[held_out] = couplings("topk_ccc", others, one) - couplings("topk_ccc", test, one)
+    coupled = scorer.trusted_couplings
+    known = in_deviations(coupled, coupled) + in_deviations(rather, rather)
+    values = in_deviations(-alone.anomaly_score, coupled) + in_deviations(rather_of_test, rather)
     p_value = calibration.p_values(known, values)
     return alone._replace(anomaly_score=-values, p_value=p_value, flagged=p_value <= fpr)
-
-
-def _in_deviations(values: np.ndarray, trusted: np.ndarray) -> np.ndarray:
-    return (values - trusted.mean()) / (trusted.std() or 1.0)

@@ -38,6 +38,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from madjax import information, profile
+from madjax.traces import folds
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
@@ -329,11 +330,10 @@ def _profile_left_out(trusted: LossMatrix, classes: np.ndarray | None, num_parts
     """Of each trusted example with the others, whose profiles are made without it too, and without a few more."""
     count = trusted.shape[1]
     classes = np.zeros(count) if classes is None else _one_each("trusted", trusted, classes)
-    groups, result = np.arange(count) % min(count, _FOLDS), np.empty(count)
-    for group in range(groups.max() + 1):
-        held_out = groups == group
-        kept = ~held_out
-        result[held_out] = _profile(trusted[:, kept], trusted[:, held_out], classes[kept], classes[held_out], num_parts)
+    result = np.empty(count)
+    for held_out in folds(count, _FOLDS):
+        others, kept = np.delete(trusted, held_out, axis=1), np.delete(classes, held_out)
+        result[held_out] = _profile(others, trusted[:, held_out], kept, classes[held_out], num_parts)
     return result
 
 

@@ -24,6 +24,7 @@ from madjax.detector import Detector
 from madjax.sampling.perturbation import Gaussian, Perturbation, Tangent
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.scorer import Scores, Traces
+from madjax.standardize import in_deviations
 from madjax.types import Batch, LossFn, Params
 
 
@@ -135,6 +136,5 @@ class Ensemble:
         """Of the trusted or of test examples, `[n]` of each detector."""
         total = np.zeros(len(couplings[0]))
         for detector, weight, values in zip(self.detectors, self.weights, couplings, strict=True):
-            known = detector.scorer.trusted_couplings
-            total += weight * (values - known.mean()) / (known.std() or 1.0)
+            total += weight * in_deviations(values, detector.scorer.trusted_couplings)
         return total

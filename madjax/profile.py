@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from madjax import information
-from madjax.standardize import MEAN_PRIOR, standardize, standardize_trusted
+from madjax.standardize import MEAN_PRIOR, in_deviations, standardize, standardize_trusted
 
 SHRINKAGE = 0.5
 _TINY = np.finfo(float).tiny
@@ -72,7 +72,7 @@ def compare(
     sums, sums_of_test = own[:, :-1:2].sum(1), told[:, :-1:2].sum(1)
     explained = standardize_trusted(sums, trusted_classes), standardize(sums_of_test, classes, sums, trusted_classes)
     usual = _usual(*_within_class(own, told, trusted_classes, classes))
-    return np.minimum(_in_deviations(*explained), _in_deviations(*usual))
+    return np.minimum(*(in_deviations(values, trusted) for trusted, values in (explained, usual)))
 
 
 def _mean_highest(products: np.ndarray, count: int) -> np.ndarray:
@@ -102,10 +102,6 @@ def _usual(own: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Sherman and Morrison: the covariance without the example itself
     left_out = distances[0] / (1 - each * distances[0])
     return -np.log(np.maximum(left_out, _TINY)), -np.log(np.maximum(distances[1], _TINY))
-
-
-def _in_deviations(trusted: np.ndarray, test: np.ndarray) -> np.ndarray:
-    return (test - trusted.mean()) / _positive(trusted.std())
 
 
 def _positive(deviation: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from madjax import calibration
 from madjax.coupling import DEFAULT, couplings, leave_one_out, lookup, nearest
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.standardize import standardize, standardize_trusted
-from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, least_loss, log_map
+from madjax.traces import SMALL_LOSS, TraceMap, TraceMapFit, folds, least_loss, log_map
 from madjax.types import LossMatrix
 
 Traces = Literal["whitened", "margins", "plain_margins", "log", "raw"]
@@ -116,19 +116,13 @@ class Scorer:
             return self.left_out
         return standardize_trusted(self.left_out, self.trusted_classes)
 
-    def maps_without(self, groups: np.ndarray) -> Iterator[tuple[np.ndarray, Callable[[LossMatrix], np.ndarray]]]:
-        """For each of the groups `[num_trusted]`, who is in it, and the map of losses fitted to the others."""
-        for group in np.unique(groups):
-            held_out = np.flatnonzero(groups == group)
-            if self.trace_map is None or self.traces == "log":
-                yield held_out, self.map
-            else:
-                yield held_out, self._fit.without(held_out)
-
-    @cached_property
-    def _fit(self) -> TraceMapFit:
-        assert self.trace_map is not None
-        return TraceMapFit(self.trusted, self.trace_map.least, whiten=self.trace_map.root is not None)
+    def maps_without(self, most: int) -> Iterator[tuple[np.ndarray, Callable[[LossMatrix], np.ndarray]]]:
+        """Who is left out in each of at most so many groups, and the map of losses that is fitted to the others."""
+        fit = None
+        if self.trace_map is not None and self.traces != "log":
+            fit = TraceMapFit(self.trusted, self.trace_map.least, whiten=self.trace_map.root is not None)
+        for held_out in folds(self.trusted.shape[1], most):
+            yield held_out, self.map if fit is None else fit.without(held_out)
 
     def map(self, losses: LossMatrix) -> np.ndarray:
         """The traces of losses at the trusted draws."""
@@ -184,13 +178,10 @@ def _leave_out_with_map(
     """Couplings of the trusted examples, left out of the trace map as well as of the references."""
     count = trusted.shape[1]
     result = np.empty(count)
-    # neighbours in the set may be alike, so a group takes examples from all over it
-    groups = np.arange(count) % min(count, _MAX_FOLDS)
     # matrices this small are slower on several threads, a hundred times so beside another busy process
     with threadpool_limits(1):
-        for group in range(groups.max() + 1):
-            held_out = np.flatnonzero(groups == group)
-            kept = groups != group
+        for held_out in folds(count, _MAX_FOLDS):
+            kept = np.delete(np.arange(count), held_out)
             mapped = fit.without(held_out)(trusted)
             result[held_out] = couplings(
                 name, mapped[:, kept], mapped[:, held_out], None if classes is None else classes[kept],

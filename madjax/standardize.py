@@ -19,6 +19,11 @@ import numpy as np
 MEAN_PRIOR, VARIANCE_PRIOR = 2, 10
 
 
+def in_deviations(values: np.ndarray, trusted: np.ndarray) -> np.ndarray:
+    """Values as standard deviations above the mean of the trusted ones, which may all be equal."""
+    return (values - trusted.mean()) / (trusted.std() or 1.0)
+
+
 def standardize(
     values: np.ndarray, classes: np.ndarray, trusted_values: np.ndarray, trusted_classes: np.ndarray
 ) -> np.ndarray:

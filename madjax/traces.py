@@ -83,6 +83,12 @@ class TraceMapFit:
         return TraceMap(mean, (vectors * gain) @ vectors.T, self._least)
 
 
+def folds(count: int, most: int) -> list[np.ndarray]:
+    """Indices of trusted examples to be left out together, in at most so many groups."""
+    # neighbours in the set may be alike, so a group takes examples from all over it
+    return [np.arange(first, count, min(count, most)) for first in range(min(count, most))]
+
+
 def least_loss(trusted: LossMatrix) -> float:
     """c of "margins"; the median size of losses that may be negative, as those have no lower end."""
     size = np.abs(np.asarray(trusted, np.float64))
