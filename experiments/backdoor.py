@@ -11,10 +11,10 @@ Unless it is given a checkpoint, it trains a model for every attack and seed, wi
 poisoned. A checkpoint of train_backdoor tells its attack, seed and data itself; weights must have been trained with
 badnet, sig or bpp, whose triggers are always the same. Images that no model was trained on are split into trusted,
 sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
-images that fire are counted. The first row of each model is of draws and a tangent together (`madjax.Ensemble`), the
-others of each alone; "batch" holds all test images of a model against each other as well, where there are eleven
-(`madjax.batch`), by the draws of the first preset. --preset=default has the draws alone, and with paper among the
-presets the table has the paper's chain and couplings.
+images that fire are counted. The first row of each model is of draws, a tangent and features together
+(`madjax.Ensemble`), the others of each alone; "batch" holds all test images of a model against each other as well,
+where there are eleven (`madjax.batch`), by the draws of the first preset. --preset=default has the draws alone, and
+with paper among the presets the table has the paper's chain and couplings.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from experiments import cases, common
 from experiments.cases import Case, TestSet
-from madjax import Detector, Ensemble, Scores, batch, calibration, hosts, report
+from experiments.common import Judged
+from madjax import Detector, Scores, batch, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.coupling import TOP_K
 from madjax.store import changed
@@ -43,7 +44,7 @@ common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_seeds()
-common.define_presets(["default", "tangent", "batch"], ["default", "tangent", "batch", "paper"])
+common.define_presets(["default", "tangent", "knn", "batch"], ["default", "tangent", "knn", "batch", "paper"])
 common.define_detectors()
 common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
@@ -138,13 +139,14 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     rows, folder = [], workdir / "cells" / f"{name}-{seed}"
     if common.FUNCTIONAL in values.detector:
         rows = _ours(name, seed, case, test, folder)
-    for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted):
+    known = {row["detector"] for row in rows}
+    names = [rival for rival in values.detector if rival not in known]
+    for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted, names):
         row, scores = common.rival_row(
             name, seed, rival, {"image": test.images}, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
         )
         if not rows and hosts.is_first():
-            threshold = -calibration.threshold(-rival.baseline.trusted_scores, values.fpr)
-            _show(folder, name, seed, test, {rival.name: scores}, threshold)
+            _show(folder, name, seed, test, {rival.name: scores}, -rival.baseline.threshold())
         rows.append(row)
     return rows
 
@@ -160,17 +162,23 @@ class _Fitted(NamedTuple):
 
 def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list[dict[str, Any]]:
     """A row of each preset and coupling, after that of an ensemble where there is one; the first is shown."""
-    presets = [preset for preset in flags.FLAGS.preset if preset != "batch"]
-    fitted = [_fit(name, seed, case, test, folder, preset) for preset in presets]
+    presets = flags.FLAGS.preset
+    fitted = [_fit(name, seed, case, test, folder, preset) for preset in common.with_draws(presets)]
     rows = [row for each in fitted for row in each.rows]
     shown, threshold = fitted[0].named_scores, fitted[0].detector.threshold()
-    members = [each for preset in common.MEMBERS for each in fitted if each.preset == preset]
-    if len(members) == len(common.MEMBERS):
-        ensemble = Ensemble(tuple(each.detector for each in members), tuple(common.MEMBERS.values()))
-        scores = ensemble.add([next(iter(each.named_scores.values())) for each in members])
-        rows.insert(0, common.derived_row([each.rows[0] for each in members], scores, test.is_anomalous))
-        shown, threshold = {rows[0]["coupling"]: scores, **shown}, ensemble.threshold()
-    if len(presets) < len(flags.FLAGS.preset) and len(test.images) > TOP_K:
+    images, counted = {"image": test.images}, test.counted
+    features = common.judge_features(
+        name, seed, case.loss_fn, case.params, test.trusted, images, test.is_anomalous, accuracy=counted.accuracy,
+        asr=counted.asr,
+    )  # fmt: skip
+    rows += [each.row for each in features.values()]
+    first = {
+        each.preset: Judged(each.detector, next(iter(each.named_scores.values())), each.rows[0]) for each in fitted
+    }
+    if ensemble := common.together(first | features, test.is_anomalous):
+        rows.insert(0, ensemble.row)
+        shown, threshold = {ensemble.row["coupling"]: ensemble.scores, **shown}, ensemble.detector.threshold()
+    if "batch" in presets and len(test.images) > TOP_K:
         _, detector, _, (row, *_) = fitted[0]
         assert detector.test is not None
         scores = batch.score_losses(detector.scorer, *detector.test, fpr=detector.fpr)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ from absl import app, flags, logging
 from flax import nnx
 
 from experiments.cases import Recipe
-from madjax import Detector, baselines, from_nnx, hosts
+from madjax import Detector, Ensemble, baselines, from_nnx, hosts
 from madjax.baselines import BASELINES, Baseline
+from madjax.baselines.features import can_read
 from madjax.calibration import check_fpr
 from madjax.coupling import COUPLINGS, DEFAULT
 from madjax.data import parse_normalization
 from madjax.data.images import FILES
-from madjax.ensemble import DRAWS, TANGENT
+from madjax.ensemble import DRAWS, FEATURES, TANGENT
 from madjax.interop.guard import printable
 from madjax.losses import from_decoder
 from madjax.models import MODELS, build_model
@@ -107,11 +108,11 @@ def define_seeds() -> None:
 
 def define_presets(default: Sequence[str], presets: Sequence[str]) -> None:
     """The flag `preset`, a list of some of these."""
-    define_list("preset", default, presets, "Settings: of the flags, of a tangent, of the paper.")
+    define_list("preset", default, presets, "Settings: of the flags, of a tangent, features, a batch, of the paper.")
 
     def check(values: list[str]) -> None:
-        if values == ["batch"]:
-            raise ValueError("wanted a preset beside batch, which goes by another's draws, got batch alone")
+        if not with_draws(values):
+            raise ValueError(f"wanted a preset with draws, which batch and knn stand beside, got {','.join(values)}")
 
     _register_check("preset", check)
 
@@ -254,7 +255,7 @@ def fit_rivals(
 
 
 # presets that are reported together as well, and how much each counts
-MEMBERS = {"default": DRAWS.weight, "tangent": TANGENT.weight}
+MEMBERS = {"default": DRAWS.weight, "tangent": TANGENT.weight, FEATURES.statistic: FEATURES.weight}
 _TANGENT = {
     "sampler": "tangent", "num_draws": TANGENT.num_draws, "moved": 0.0, "coupling": [TANGENT.coupling],
     "traces": TANGENT.traces, "layout": "auto",
@@ -264,6 +265,52 @@ PAPER = {
     "num_chains": 1, "num_burnin_steps": 250, "num_steps_between_draws": 1, "drift": True, "parameters": None,
     "coupling": ["class_correlation", "class_ccc"], "traces": "raw",
 }  # fmt: skip
+
+
+def with_draws(presets: Sequence[str]) -> list[str]:
+    """Those presets that draws are made by."""
+    return [preset for preset in presets if preset not in ("batch", FEATURES.statistic)]
+
+
+class Judged(NamedTuple):
+    """A fitted detector, what it says of the test examples, and its row of results.json."""
+
+    detector: Detector | Baseline | Ensemble
+    scores: Scores
+    row: dict[str, Any]
+
+
+def judge_features(
+    attack: str,
+    seed: int,
+    loss_fn: Any,
+    params: Any,
+    trusted: dict[str, Any],
+    test: dict[str, Any],
+    is_anomalous: np.ndarray,
+    **known: float,
+) -> dict[str, Judged]:
+    """The statistic that an ensemble has beside its draws, by its name, where `--preset` asks for it.
+
+    Unless that is given, a model whose layers cannot be read does without.
+    """
+    flag, name = flags.FLAGS["preset"], FEATURES.statistic
+    if name not in (flag.value or []) or not (flag.present or can_read(loss_fn, params, trusted)):
+        return {}
+    (rival,) = fit_rivals(loss_fn, params, trusted, [name])
+    row, scores = rival_row(attack, seed, rival, test, is_anomalous, **known)
+    return {name: Judged(rival.baseline, scores, row)}
+
+
+def together(judged: Mapping[str, Judged], is_anomalous: np.ndarray) -> Judged | None:
+    """What the members of an ensemble among presets say together; None where there is but one."""
+    members = {name: judged[name] for name in MEMBERS if name in judged}
+    if len(members) < 2:
+        return None
+    detectors = tuple(cast(Detector | Baseline, each.detector) for each in members.values())
+    ensemble = Ensemble(detectors, tuple(MEMBERS[name] for name in members))
+    scores = ensemble.add([each.scores for each in members.values()])
+    return Judged(ensemble, scores, derived_row([each.row for each in members.values()], scores, is_anomalous))
 
 
 class Settings(NamedTuple):
@@ -384,7 +431,10 @@ def derived_row(
     """The same of scores made from those of one or several detectors, from their rows."""
     first = rows[0]
     summed = ("num_draws", "sample_forwards", "sweep_seconds", "seconds", "forwards_per_example")
-    joined = {name: "+".join(row[name] for row in rows) for name in ("preset", "sampler", "coupling")}
+    named = [row if row["preset"] else row | {"preset": row["detector"], "coupling": row["detector"]} for row in rows]
+    joined = {
+        name: "+".join(row[name] for row in named if row[name] != "-") for name in ("preset", "sampler", "coupling")
+    }
     return {
         **first,
         **detection_row(scores, is_anomalous, first["acc"], first["asr"], first["threshold_fpr"]),

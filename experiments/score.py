@@ -8,10 +8,11 @@ or python -m experiments.score. trusted.npz and test.npz hold `image`, uint8 [n,
 `label` how right the model is. A model of another architecture comes as --loss_fn=package.module:function, your own
 code, which is called with --checkpoint and returns (loss_fn, params), for instance from `madjax.from_nnx`.
 
-`--preset=default,tangent` asks draws and a tangent together (`madjax.Ensemble`), which finds more for three forward
-passes; with batch among the presets all test examples are held against each other as well (`madjax.batch`), which finds
-more where there are several anomalies of a kind, and scores-batch.csv says what comes of it.
-`--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or from_linen.
+Draws, a tangent and features judge together (`madjax.Ensemble`; features only of a model of from_nnx or from_linen);
+`--preset=default` asks the draws alone. With batch among the presets all test examples are held against each other as
+well (`madjax.batch`), which finds more where there are several anomalies of a kind, and scores-batch.csv says what
+comes of it. `--detector=functional,mahalanobis,strip` asks rivals as well, which need a model of from_nnx or
+from_linen.
 
 Writes config.json, pictures, scores.csv and, for further detectors, scores-<detector>.csv: id, prediction,
 anomaly_score, p_value, flagged, three nearest trusted ids. The detector is kept in detector/, and a second run with the
@@ -34,7 +35,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from madjax import Detector, Ensemble, batch, calibration, from_nnx, hosts, report
+from madjax import Detector, batch, from_nnx, hosts, report
 from madjax.coupling import TOP_K
 from madjax.data import parse_normalization
 from madjax.data.npz import read_npz
@@ -54,9 +55,12 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
-common.define_presets(["default"], ["default", "tangent", "batch"])
+common.define_presets(["default", "tangent", "knn"], ["default", "tangent", "knn", "batch"])
 common.define_detectors()
 common.define_detection_flags()
+
+# how often a trigger works cannot be told from those that do
+_UNKNOWN = {"accuracy": math.nan, "asr": math.nan}
 
 _OWN_FLAGS = ["architecture", "loss_fn", "checkpoint", "normalization", "trusted", "sampling", "seed", "preset"]
 _OWN_FLAGS += ["detector"]
@@ -95,14 +99,15 @@ def main() -> None:
             row["acc"] = _accuracy(judged[0].scores, test)
     if not hosts.is_first():
         return
-    for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}):
+    known = {row["detector"] for row in rows}
+    names = [name for name in values.detector if name not in known]
+    for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}, names):
         row, scores = common.rival_row(
-            "unknown", values.seed, rival, {"image": test["image"]}, is_anomalous, accuracy=math.nan, asr=math.nan
+            "unknown", values.seed, rival, {"image": test["image"]}, is_anomalous, **_UNKNOWN
         )
         row["acc"] = _accuracy(scores, test)
         rows.append(row)
-        threshold = calibration.threshold(-rival.baseline.trusted_scores, values.fpr)
-        judged.append(_Judged(rival.name, row, scores, threshold))
+        judged.append(_Judged(rival.name, row, scores, rival.baseline.threshold()))
     ids = list(map(str, test["id"])), list(map(str, trusted["id"]))
     for name, row, scores, threshold in judged:
         first = row is rows[0]
@@ -132,32 +137,37 @@ def _ours(
     values = flags.FLAGS
     # one host reads all of them for this, and the others only those that they sweep
     digest = hosts.first(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:12] if hosts.is_first() else "")
-    rows, detectors, swept, all_scores = [], {}, [], []
-    for settings in map(common.settings_from_flags, [name for name in values.preset if name != "batch"]):
+    ours, swept = {}, []
+    for settings in map(common.settings_from_flags, common.with_draws(values.preset)):
         start, suffix = time.perf_counter(), "" if settings.preset == "default" else f"-{settings.preset}"
         detector = _detector(workdir, suffix, settings, loss_fn, params, {"image": trusted}, sampling)
-        losses, classes = detector.sweep({"image": images}, workdir=workdir / f"test-{digest}{suffix}", progress=True)
-        seconds = time.perf_counter() - start
-        swept.append((losses, classes))
-        detectors[settings.preset] = detector
-        all_scores.append(detector.score_losses(losses, classes))
-        # how often a trigger works cannot be told from those that do
-        rows.append(
-            common.result_row(
-                "unknown", values.seed, settings, detector.scorer.coupling, detector, all_scores[-1], is_anomalous,
-                accuracy=math.nan, asr=math.nan, sweep_seconds=seconds,
-            )
+        swept.append(detector.sweep({"image": images}, workdir=workdir / f"test-{digest}{suffix}", progress=True))
+        seconds, scores = time.perf_counter() - start, detector.score_losses(*swept[-1])
+        row = common.result_row(
+            "unknown", values.seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
+            **_UNKNOWN, sweep_seconds=seconds,
         )  # fmt: skip
-    first, first_row = next(iter(detectors.values())), rows[0]
-    judged = [_Judged(common.FUNCTIONAL, first_row, all_scores[0], first.threshold())]
-    if len(detectors) > 1:
-        ensemble = Ensemble(tuple(detectors.values()), tuple(common.MEMBERS[preset] for preset in detectors))
-        scores = ensemble.add(all_scores)
-        rows.insert(0, common.derived_row(rows, scores, is_anomalous))
-        judged = [_Judged(common.FUNCTIONAL, rows[0], scores, ensemble.threshold())]
+        ours[settings.preset] = common.Judged(detector, scores, row)
+    first = next(iter(ours.values()))
+    features = {}
+    if hosts.is_first():  # no other host has to look at all images
+        given = {"image": trusted}, {"image": images}
+        features = common.judge_features("unknown", values.seed, loss_fn, params, *given, is_anomalous, **_UNKNOWN)
+    rows = [each.row for each in (*ours.values(), *features.values())]
+    shown = common.together(ours | features, is_anomalous)
+    if shown:
+        rows.insert(0, shown.row)
+    else:
+        shown = first
+    judged = [_Judged(common.FUNCTIONAL, shown.row, shown.scores, shown.detector.threshold())]
+    judged += [
+        _Judged(name, each.row, each.scores, each.detector.threshold())
+        for name, each in features.items()
+        if name in values.detector
+    ]
     if "batch" in values.preset:
-        scores = batch.score_losses(first.scorer, *swept[0], fpr=values.fpr)
-        rows.append(common.derived_row([first_row], scores, is_anomalous, "+batch"))
+        scores = batch.score_losses(first.detector.scorer, *swept[0], fpr=values.fpr)
+        rows.append(common.derived_row([first.row], scores, is_anomalous, "+batch"))
         judged.append(_Judged("batch", rows[-1], scores, math.nan))
     return rows, judged
 

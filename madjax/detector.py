@@ -208,9 +208,14 @@ class Detector:
                 )
         return self.scorer.score(losses, classes, fpr=self.fpr, per_class=self.per_class)
 
+    @property
+    def trusted_couplings(self) -> np.ndarray:
+        """Float64 `[num_trusted]`: what the coupling of each would be, had it come as a test example."""
+        return self.scorer.trusted_couplings
+
     def threshold(self) -> float:
         """The coupling under which an example is flagged, where classes are not calibrated each by itself."""
-        return calibration.threshold(self.scorer.trusted_couplings, self.fpr)
+        return calibration.threshold(self.trusted_couplings, self.fpr)
 
     def with_coupling(self, coupling: str, traces: Traces) -> Detector:
         """The same draws and losses under another coupling."""

@@ -1,19 +1,22 @@
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
+import madjax.ensemble
 from madjax import Detector, Ensemble, Tangent
+from madjax.baselines import KNN, Baseline
 from madjax.calibration import p_values
-from madjax.ensemble import DRAWS, TANGENT
+from madjax.ensemble import DRAWS, FEATURES, TANGENT
 from tests.test_detector import images as images  # a fixture
 from tests.test_detector import model as model  # a fixture
 
 
 @pytest.fixture(scope="module")
 def ensemble(model, images):
-    members = (DRAWS._replace(num_draws=8), TANGENT._replace(num_draws=16))
+    members = (DRAWS._replace(num_draws=8), TANGENT._replace(num_draws=16), FEATURES)
     return Ensemble.fit(jax.random.key(0), *model, {"image": images[:40]}, members=members, layout="host", fpr=0.2)
 
 
@@ -23,12 +26,14 @@ def standard(values, known):
 
 def test_couplings_are_added_in_trusted_deviations(ensemble, images):
     batch = {"image": images[40:]}
-    first, second = (detector.score(batch) for detector in ensemble.detectors)
-    known = [detector.scorer.trusted_couplings for detector in ensemble.detectors]
+    first, second, third = (detector.score(batch) for detector in ensemble.detectors)
+    draws, tangent, features = ensemble.detectors
+    known = [draws.scorer.trusted_couplings, tangent.scorer.trusted_couplings, -features.trusted_scores]
     scores = ensemble.score(batch)
     wanted = standard(-first.anomaly_score, known[0]) + 0.5 * standard(-second.anomaly_score, known[1])
+    wanted += 0.5 * standard(-third.anomaly_score, known[2])
     np.testing.assert_allclose(-scores.anomaly_score, wanted)
-    own = standard(known[0], known[0]) + 0.5 * standard(known[1], known[1])
+    own = standard(known[0], known[0]) + 0.5 * standard(known[1], known[1]) + 0.5 * standard(known[2], known[2])
     np.testing.assert_allclose(ensemble.trusted_couplings, own)
     np.testing.assert_array_equal(scores.p_value, p_values(own, wanted))
     np.testing.assert_array_equal(scores.flagged, wanted <= ensemble.threshold())
@@ -38,11 +43,31 @@ def test_couplings_are_added_in_trusted_deviations(ensemble, images):
 
 
 def test_members_differ_as_they_should(ensemble):
-    draws, tangent = ensemble.detectors
+    draws, tangent, features = ensemble.detectors
     assert (draws.scorer.coupling, tangent.scorer.coupling) == ("standardized_ccc", "class_profile")
     assert (draws.layout, tangent.layout) == ("host", "auto")
     assert tangent.sample_forwards == 3 * 40 < draws.sample_forwards
-    assert draws.fpr == tangent.fpr == 0.2
+    assert draws.fpr == tangent.fpr == features.fpr == 0.2
+    assert features.statistic == KNN()
+
+
+def test_features_are_asked_where_they_can_be_read(model, images, monkeypatch):
+    loss_fn, params = model
+    trusted = loss_fn.label(params, {"image": images[:30]})
+    fit = partial(Ensemble.fit, jax.random.key(0), params=params, trusted=trusted, layout="host")
+    monkeypatch.setattr(madjax.ensemble, "DRAWS", DRAWS._replace(num_draws=4))
+    assert [type(each) for each in fit(loss_fn=loss_fn).detectors] == [Detector, Detector, Baseline]
+    own_code = lambda params, batch: loss_fn(params, batch)  # noqa: E731
+    assert [type(each) for each in fit(loss_fn=own_code).detectors] == [Detector, Detector]
+    with pytest.raises(ValueError, match="loss_fn: wanted one of from_nnx, from_linen or from_decoder"):
+        fit(loss_fn=own_code, members=[FEATURES])
+
+
+def test_a_statistic_with_settings_of_its_own_is_not_kept(ensemble, model, images, tmp_path):
+    own = Baseline.fit(KNN(k=3), *model, {"image": images[:40]})
+    with pytest.raises(ValueError, match=r"statistic: wanted one of BASELINES, by whose name it is kept, got KNN"):
+        Ensemble((ensemble.detectors[0], own), (1.0, 0.5)).save(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
 
 
 def test_save_and_load(ensemble, model, images, tmp_path):
@@ -52,7 +77,8 @@ def test_save_and_load(ensemble, model, images, tmp_path):
     before, after = ensemble.score(batch), loaded.score(batch)
     np.testing.assert_allclose(after.anomaly_score, before.anomaly_score)
     np.testing.assert_array_equal(after.p_value, before.p_value)
-    assert loaded.weights == (1.0, 0.5)
+    assert loaded.weights == (1.0, 0.5, 0.5)
+    assert loaded.detectors[2].fpr == 0.2
     with pytest.raises(ValueError, match=r"path: .* exists already"):
         ensemble.save(tmp_path / "kept")
     with pytest.raises(ValueError, match=r"path: .* holds nothing saved by madjax"):
@@ -87,3 +113,5 @@ def test_members_must_have_one_trusted_set(ensemble, model, images):
         Ensemble((ensemble.detectors[0], other), (1.0, 1.0))
     with pytest.raises(ValueError, match=r"got \[40\] examples and 2 weights"):
         Ensemble(ensemble.detectors[:1], (1.0, 1.0))
+    with pytest.raises(ValueError, match="detectors: wanted a Detector first"):
+        Ensemble(ensemble.detectors[2:], (0.5,))

@@ -50,7 +50,7 @@ def test_backdoor_writes_what_it_says(finished):
     workdir, done = finished
     results = json.loads((workdir / "results.json").read_text())
     assert results["config"]["attack"] == ["badnet", "clean"]
-    assert len(results["rows"]) == 12
+    assert len(results["rows"]) == 14
     keys = {
         "attack", "sampler", "coupling", "seed", "acc", "asr", "auroc", "auroc_same_prediction", "ap", "recall_at_fpr",
         "threshold_fpr", "realized_fpr", "tpr", "der", "num_draws", "sample_forwards", "sweep_seconds",
@@ -62,13 +62,13 @@ def test_backdoor_writes_what_it_says(finished):
     assert results["rows"][-1]["auroc"] is None  # the clean model
     with (workdir / "scores.csv").open() as file:
         scores = list(csv.DictReader(file))
-    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::6])
+    assert len(scores) == sum(r["num_benign"] + r["num_anomalous"] for r in results["rows"][::7])
     assert all(line["flagged"] == str(int(float(line["p_value"]) <= 0.05)) for line in scores)
     flagged = [line["flagged"] == "1" for line in scores if line["id"].startswith("badnet-0/triggered")]
     assert sum(flagged) / len(flagged) == pytest.approx(row["tpr"])
     for name in ("histogram", "roc", "couplings", "flagged", "gallery"):
         assert (workdir / "cells" / "badnet-0" / f"{name}.png").stat().st_size > 5000
-    assert "badnet      default+tangent gaussian+tangent standardized_ccc+class_profile" in done.stdout
+    assert "default+tangent+knn gaussian+tangent standardized_ccc+class_profile+knn" in done.stdout
     assert "average" in done.stdout
     assert "5.00% wanted" in done.stdout
 
@@ -162,8 +162,8 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(driver, complaint, argum
         (["--coupling=cosine"], "wanted some of mean_correlation, class_correlation"),
         (["--sampler=hmc"], r"gaussian\|tangent\|rmsprop_sgld\|sgld"),
         (["--seed=a"], "wanted numbers from 0 on, each once, comma-separated, got 'a'"),
-        (["--preset=batch"], "wanted a preset beside batch"),
-        (["--preset=ours"], "wanted some of default, tangent, batch, paper, each once, got 'ours'"),
+        (["--preset=batch,knn"], "wanted a preset with draws, which batch and knn stand beside, got batch,knn"),
+        (["--preset=ours"], "wanted some of default, tangent, knn, batch, paper, each once, got 'ours'"),
         (["--layout=pmap"], "layout: wanted auto, host, layers, scanK or vmapK"),
         (["--parameters=("], r"parameters=\(: wanted a regular expression, got '\('"),
         (["--fpr=0"], "fpr: wanted a rate between 0 and 1, got 0"),
@@ -255,22 +255,26 @@ def test_train_backdoor(trained, here):
 
 
 def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
-    presets = ["--preset=default,tangent,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
+    presets = ["--preset=default,tangent,knn,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     monkeypatch.setattr(common, "PAPER", {**common.PAPER, "num_draws": 8, "num_burnin_steps": 2})  # or it takes an hour
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["attack"] for row in rows} == {"bpp"}
     assert [(row["sampler"], row["coupling"]) for row in rows] == [
-        ("gaussian+tangent", "standardized_ccc+class_profile"),
+        ("gaussian+tangent", "standardized_ccc+class_profile+knn"),
         ("gaussian", "standardized_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
         ("tangent", "class_profile"), ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
-        ("gaussian", "standardized_ccc"),
+        ("-", "-"), ("gaussian", "standardized_ccc"),
     ]  # fmt: skip
     assert [row["preset"] for row in rows[1:2] + rows[-1:]] == ["default", "default+batch"]
     assert rows[-1]["auroc"] != rows[1]["auroc"]
     for name in ("num_draws", "sample_forwards", "seconds"):
-        assert rows[0][name] == rows[1][name] + rows[4][name]
+        assert rows[0][name] == rows[1][name] + rows[4][name] + rows[7][name]
+    assert (rows[7]["detector"], rows[7]["sample_forwards"]) == (
+        "knn",
+        rows[7]["num_trusted"] + rows[7]["num_benign"] + rows[7]["num_anomalous"],
+    )
     # the first is shown
     shown = np.genfromtxt(tmp_path / "scores.csv", delimiter=",", names=True, dtype=None, encoding=None)
     bad = shown["is_anomalous"] == 1
@@ -356,7 +360,9 @@ def test_score(own_model, scored, tmp_path, finished):
     results = json.loads((tmp_path / "results.json").read_text())
     backdoors = json.loads((finished[0] / "results.json").read_text())
     assert results.keys() == backdoors.keys()
-    (row,) = results["rows"]
+    rows = results["rows"]
+    row = rows[0]
+    assert [row["preset"] or row["detector"] for row in rows] == ["default+tangent+knn", "default", "tangent", "knn"]
     assert row.keys() == backdoors["rows"][0].keys()
     assert (row["num_trusted"], row["num_benign"], row["num_anomalous"]) == (50, 30, 10)
     assert 0 <= row["auroc"] <= 1
@@ -374,12 +380,12 @@ def test_score(own_model, scored, tmp_path, finished):
 def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path.copy())
     given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
-    given += ["--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", "--preset=default,tangent,batch"]
+    given += ["--loss_fn=tests.own_model:load", "--detector=functional,msp,knn", "--preset=default,tangent,knn,batch"]
     driver("score", *given).main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["detector"] for row in rows] == ["functional"] * 4 + ["msp", "knn"]
-    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent", "default+batch", "", ""]
-    assert [rows[index]["forwards_per_example"] for index in (2, 4, 5)] == [3, 1, 1]
+    assert [row["detector"] for row in rows] == ["functional"] * 3 + ["knn", "functional", "msp"]
+    assert [row["preset"] for row in rows] == ["default+tangent+knn", "default", "tangent", "", "default+batch", ""]
+    assert [rows[index]["forwards_per_example"] for index in (2, 3, 5)] == [3, 1, 1]
     # what is kept says the same again
     for name in ("detector", "detector-tangent"):
         assert (tmp_path / name).is_dir()
@@ -392,6 +398,17 @@ def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
             scored[name] = [line["anomaly_score"] for line in csv.DictReader(file)]
     assert {len(scores) for scores in scored.values()} == {40}
     assert len(set(map(tuple, scored.values()))) == 4
+
+
+def test_score_does_without_features_that_cannot_be_read(driver, own_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
+    given += ["--loss_fn=tests.own_model:load_code", "--coupling=topk_ccc"]
+    driver("score", *given).main()
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent"]
+    with pytest.raises(ValueError, match="loss_fn: wanted one of from_nnx, from_linen or from_decoder"):
+        driver("score", *given, "--preset=default,knn", f"--workdir={tmp_path}/asked").main()
 
 
 def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
@@ -443,7 +460,13 @@ def test_score_by_chains_and_with_other_pixels(driver, own_model, tmp_path):
     image = arrays(own_model / "test.npz")["image"]
     np.savez(tmp_path / "test.npz", image=image, is_anomalous=np.ones(len(image), int))
     given = [flag for flag in score_flags(own_model, tmp_path / "run") if not flag.startswith("--test")]
-    given += [f"--test={tmp_path}/test.npz", "--sampler=sgld", "--num_burnin_steps=2", "--coupling=mean_ccc"]
+    given += [
+        f"--test={tmp_path}/test.npz",
+        "--sampler=sgld",
+        "--num_burnin_steps=2",
+        "--coupling=mean_ccc",
+        "--preset=default",
+    ]
     with pytest.raises(ValueError, match="sampling: sgld needs examples with true labels to train on, got none"):
         driver("score", *given).main()
     driver("score", *given, f"--sampling={own_model}/sampling.npz", "--normalization=0.5/0.25").main()

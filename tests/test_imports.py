@@ -15,10 +15,10 @@ RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
     "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.tangent", "sampling.scale",
     "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces", "information", "standardize",
-    "profile", "coupling", "calibration", "scorer", "checkpoint", "detector", "batch", "ensemble", "stopping",
+    "profile", "coupling", "calibration", "scorer", "checkpoint", "detector", "batch", "stopping",
     "mechanisms", "xla_flags",
 ]  # fmt: skip
-WINGS = ("models", "attacks", "baselines", "data", "interop", "metrics", "report")
+WINGS = ("models", "attacks", "baselines", "ensemble", "data", "interop", "metrics", "report")
 
 
 def _imports(path):

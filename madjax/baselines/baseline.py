@@ -123,6 +123,15 @@ class Baseline:
         anomaly = statistic.fit(observed)
         return cls(statistic, model, examples, observed, cross_fitted(statistic, observed), anomaly, fpr, per_class)
 
+    @property
+    def trusted_couplings(self) -> np.ndarray:
+        """Float64 `[num_trusted]`: as the Detector's, high = explained."""
+        return -self.trusted_scores
+
+    def threshold(self) -> float:
+        """The coupling under which an example is flagged, where classes are not calibrated each by itself."""
+        return calibration.threshold(self.trusted_couplings, self.fpr)
+
     def score(self, examples: Batch) -> Scores:
         """Scores new examples, of the shapes of the trusted ones. No nearest trusted examples are told: `[n, 0]`."""
         check_examples(examples, "examples")

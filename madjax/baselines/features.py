@@ -10,6 +10,8 @@ import numpy as np
 
 from madjax.baselines.baseline import Observed, Statistic
 from madjax.baselines.model import Layers, Model
+from madjax.losses import ClassificationLoss
+from madjax.types import Batch, LossFn, Params
 
 # moments are summed over so many numbers at a time
 _BLOCK_ENTRIES = 4_000_000
@@ -87,6 +89,17 @@ def tell_shrinkage(count: int, size: int, who: str = "trusted") -> None:
     if count <= size:
         text = f"{who}: {count} examples for {size} features; their covariance is shrunk towards trace / num_features"
         warnings.warn(text, stacklevel=4)
+
+
+def can_read(loss_fn: LossFn, params: Params, examples: Batch) -> bool:
+    """Whether images of a classifier have features: a layer's input that is read where no layer is named."""
+    if not isinstance(loss_fn, ClassificationLoss):
+        return False
+    try:
+        Model(loss_fn, params).head(examples["image"])
+    except ValueError:
+        return False
+    return True
 
 
 def check_varies(features: np.ndarray) -> None:
