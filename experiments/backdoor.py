@@ -13,8 +13,8 @@ badnet, sig or bpp, whose triggers are always the same. Images that no model was
 sampling and test ones. By the protocol of the paper's code only clean images that the model gets right and triggered
 images that fire are counted. The first row of each model is of draws, a tangent and features together
 (`madjax.Ensemble`), the others of each alone; "batch" holds all test images of a model against each other as well,
-where there are eleven (`madjax.batch`), by the draws of the first preset. --preset=default has the draws alone, and
-with paper among the presets the table has the paper's chain and couplings.
+where there are eleven (`madjax.batch`). --preset=default has the draws alone, and with paper among the presets the
+table has the paper's chain and couplings.
 
 Writes config.json, metrics.jsonl (a line a cell), results.json, scores.csv (a row an example) and, under cells/,
 pictures, scores and losses (`madjax.open_traces`) of each attack and seed, under models/ what it trained. A second run
@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -50,9 +51,15 @@ common.define_weights("A folder of train_backdoor, or weights: torch, safetensor
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
 common.define_detection_flags()
+flags.DEFINE_multi_integer(
+    "num_anomalous", [], "Also score batches of all benign and so few triggered images; results.json tells of them.",
+    lower_bound=1,
+)  # fmt: skip
 
+# batches with few triggered images, of each number
+_NUM_PICKS = 4
 _OWN_FLAGS = [*common.TRAINING_FLAGS, "attack", "seed", "preset", "detector"]
-_OWN_FLAGS += ["checkpoint", "normalization", "backdoorbench"]
+_OWN_FLAGS += ["checkpoint", "normalization", "backdoorbench", "num_anomalous"]
 
 
 def main() -> None:
@@ -175,14 +182,12 @@ def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list
     first = {
         each.preset: Judged(each.detector, next(iter(each.named_scores.values())), each.rows[0]) for each in fitted
     }
-    if ensemble := common.together(first | features, test.is_anomalous):
-        rows.insert(0, ensemble.row)
-        shown, threshold = {ensemble.row["coupling"]: ensemble.scores, **shown}, ensemble.detector.threshold()
+    judged = common.together(first | features, test.is_anomalous)
+    if judged:
+        rows.insert(0, judged.row)
+        shown, threshold = {judged.row["coupling"]: judged.scores, **shown}, judged.detector.threshold()
     if "batch" in presets and len(test.images) > TOP_K:
-        _, detector, _, (row, *_) = fitted[0]
-        assert detector.test is not None
-        scores = batch.score_losses(detector.scorer, *detector.test, fpr=detector.fpr)
-        rows.append(common.derived_row([row], scores, test.is_anomalous, "+batch"))
+        rows.append(_as_batch(fitted[0].detector, judged or first[fitted[0].preset], test.is_anomalous, seed))
     if hosts.is_first():
         _show(folder, name, seed, test, shown, -threshold)
         _, detector, named_scores, _ = fitted[0]
@@ -196,6 +201,27 @@ def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list
             clean = case.pool.images[test.counted.anomalous[:8]]
             report.plot_gallery(folder / "gallery.png", clean, test.counted.triggered[:8], name)
     return rows
+
+
+def _as_batch(drawn: Detector, judged: Judged, is_anomalous: np.ndarray, seed: int) -> dict[str, Any]:
+    """The row of a batch scored as a whole, with figures of batches that hold few triggered images."""
+    assert drawn.test is not None
+    losses, trusted_couplings = drawn.test[0], judged.detector.trusted_couplings
+
+    def row(chosen: np.ndarray) -> dict[str, Any]:
+        alone = jax.tree.map(lambda array: array[chosen], judged.scores)
+        scores = batch.as_batch(drawn.scorer, losses[:, chosen], alone, trusted_couplings, fpr=drawn.fpr)
+        return common.derived_row([judged.row], scores, is_anomalous[chosen], "+batch")
+
+    benign, anomalous = np.flatnonzero(~is_anomalous), np.flatnonzero(is_anomalous)
+    few, rng = {}, np.random.default_rng(seed)
+    for count in flags.FLAGS.num_anomalous:
+        if len(benign) + count > TOP_K and count <= len(anomalous):
+            picks = [row(np.r_[benign, rng.choice(anomalous, count, replace=False)]) for _ in range(_NUM_PICKS)]
+            few[count] = {
+                key: float(np.mean([pick[key] for pick in picks])) for key in ("auroc", "tpr", "realized_fpr")
+            }
+    return row(np.arange(len(is_anomalous))) | ({"few_anomalous": few} if few else {})
 
 
 def _fit(name: str, seed: int, case: Case, test: TestSet, folder: Path, preset: str) -> _Fitted:

@@ -166,8 +166,9 @@ def _ours(
         if name in values.detector
     ]
     if "batch" in values.preset:
-        scores = batch.score_losses(first.detector.scorer, *swept[0], fpr=values.fpr)
-        rows.append(common.derived_row([first.row], scores, is_anomalous, "+batch"))
+        known = shown.detector.trusted_couplings
+        scores = batch.as_batch(first.detector.scorer, swept[0][0], shown.scores, known, fpr=values.fpr)
+        rows.append(common.derived_row([shown.row], scores, is_anomalous, "+batch"))
         judged.append(_Judged("batch", rows[-1], scores, math.nan))
     return rows, judged
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from madjax import calibration, checkpoint
+from madjax import batch, calibration, checkpoint
 from madjax.coupling import DEFAULT
 from madjax.detector import Detector
 from madjax.sampling.perturbation import Gaussian, Perturbation, Tangent
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.scorer import Scores, Traces
 from madjax.standardize import in_deviations
-from madjax.types import Batch, LossFn, Params
+from madjax.types import Batch, LossFn, LossMatrix, Params
 
 if TYPE_CHECKING:  # they take a second to import, and few need them
     from madjax.baselines import Baseline, Statistic
@@ -125,12 +125,12 @@ class Ensemble:
 
     def score(self, examples: Batch, *, progress: bool = False) -> Scores:
         """Scores new examples, of the shapes of the trusted ones."""
-        return self.add(
-            [
-                each.score(examples, progress=progress) if isinstance(each, Detector) else each.score(examples)
-                for each in self.detectors
-            ]
-        )
+        return self._score(examples, progress)[0]
+
+    def score_batch(self, examples: Batch, *, progress: bool = False) -> Scores:
+        """Scores new examples as one batch; see `madjax.batch`."""
+        alone, losses = self._score(examples, progress)
+        return batch.as_batch(self._first.scorer, losses, alone, self.trusted_couplings, fpr=self._first.fpr)
 
     def add(self, scores: Sequence[Scores]) -> Scores:
         """Scores by all from those by each, of the same examples."""
@@ -178,6 +178,15 @@ class Ensemble:
         first = self.detectors[0]
         assert isinstance(first, Detector)
         return first
+
+    def _score(self, examples: Batch, progress: bool) -> tuple[Scores, LossMatrix]:
+        """Scores of each example by itself, and its losses at the draws of the first detector."""
+        losses, classes = self._first.sweep(examples, progress=progress)
+        others = [
+            each.score(examples, progress=progress) if isinstance(each, Detector) else each.score(examples)
+            for each in self.detectors[1:]
+        ]
+        return self.add([self._first.score_losses(losses, classes), *others]), losses
 
     def _add(self, couplings: Sequence[np.ndarray]) -> np.ndarray:
         """Of the trusted or of test examples, `[n]` of each detector."""

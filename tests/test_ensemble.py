@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import madjax.ensemble
-from madjax import Detector, Ensemble, Tangent
+from madjax import Detector, Ensemble, Tangent, batch
 from madjax.baselines import KNN, Baseline
 from madjax.calibration import p_values
 from madjax.ensemble import DRAWS, FEATURES, TANGENT
@@ -25,11 +25,11 @@ def standard(values, known):
 
 
 def test_couplings_are_added_in_trusted_deviations(ensemble, images):
-    batch = {"image": images[40:]}
-    first, second, third = (detector.score(batch) for detector in ensemble.detectors)
+    examples = {"image": images[40:]}
+    first, second, third = (detector.score(examples) for detector in ensemble.detectors)
     draws, tangent, features = ensemble.detectors
     known = [draws.scorer.trusted_couplings, tangent.scorer.trusted_couplings, -features.trusted_scores]
-    scores = ensemble.score(batch)
+    scores = ensemble.score(examples)
     wanted = standard(-first.anomaly_score, known[0]) + 0.5 * standard(-second.anomaly_score, known[1])
     wanted += 0.5 * standard(-third.anomaly_score, known[2])
     np.testing.assert_allclose(-scores.anomaly_score, wanted)
@@ -40,6 +40,16 @@ def test_couplings_are_added_in_trusted_deviations(ensemble, images):
     np.testing.assert_array_equal(scores.prediction, first.prediction)
     np.testing.assert_array_equal(scores.nearest, first.nearest)
     assert scores.flagged.any()
+
+
+def test_a_batch_is_scored_by_all(ensemble, images):
+    examples = {"image": images[40:]}
+    losses, _ = ensemble.detectors[0].sweep(examples)
+    alone, together = ensemble.score(examples), ensemble.score_batch(examples)
+    wanted = batch.as_batch(ensemble.detectors[0].scorer, losses, alone, ensemble.trusted_couplings, fpr=0.2)
+    np.testing.assert_allclose(together.anomaly_score, wanted.anomaly_score)
+    np.testing.assert_array_equal(together.flagged, wanted.flagged)
+    assert (together.anomaly_score != alone.anomaly_score).all()
 
 
 def test_members_differ_as_they_should(ensemble):
@@ -73,8 +83,8 @@ def test_a_statistic_with_settings_of_its_own_is_not_kept(ensemble, model, image
 def test_save_and_load(ensemble, model, images, tmp_path):
     ensemble.save(tmp_path / "kept")
     loaded = Ensemble.load(tmp_path / "kept", *model)
-    batch = {"image": images[40:]}
-    before, after = ensemble.score(batch), loaded.score(batch)
+    examples = {"image": images[40:]}
+    before, after = ensemble.score(examples), loaded.score(examples)
     np.testing.assert_allclose(after.anomaly_score, before.anomaly_score)
     np.testing.assert_array_equal(after.p_value, before.p_value)
     assert loaded.weights == (1.0, 0.5, 0.5)
@@ -87,8 +97,10 @@ def test_save_and_load(ensemble, model, images, tmp_path):
 
 def test_one_alone_flags_what_it_flags(ensemble, images):
     detector = ensemble.detectors[0]
-    batch = {"image": images[40:]}
-    np.testing.assert_array_equal(Ensemble((detector,), (3.0,)).score(batch).p_value, detector.score(batch).p_value)
+    examples = {"image": images[40:]}
+    np.testing.assert_array_equal(
+        Ensemble((detector,), (3.0,)).score(examples).p_value, detector.score(examples).p_value
+    )
 
 
 def test_classes_may_be_calibrated_by_themselves(ensemble, images):

@@ -256,6 +256,7 @@ def test_train_backdoor(trained, here):
 
 def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
     presets = ["--preset=default,tangent,knn,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
+    presets += ["--num_anomalous=2", "--num_anomalous=999"]
     monkeypatch.setattr(common, "PAPER", {**common.PAPER, "num_draws": 8, "num_burnin_steps": 2})  # or it takes an hour
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
@@ -265,10 +266,16 @@ def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, 
         ("gaussian+tangent", "standardized_ccc+class_profile+knn"),
         ("gaussian", "standardized_ccc"), ("gaussian", "topk_ccc"), ("gaussian", "class_correlation"),
         ("tangent", "class_profile"), ("rmsprop_sgld", "class_correlation"), ("rmsprop_sgld", "class_ccc"),
-        ("-", "-"), ("gaussian", "standardized_ccc"),
+        ("-", "-"), ("gaussian+tangent", "standardized_ccc+class_profile+knn"),
     ]  # fmt: skip
-    assert [row["preset"] for row in rows[1:2] + rows[-1:]] == ["default", "default+batch"]
-    assert rows[-1]["auroc"] != rows[1]["auroc"]
+    assert [row["preset"] for row in rows[1:2] + rows[-1:]] == ["default", "default+tangent+knn+batch"]
+    assert rows[-1]["auroc"] != rows[0]["auroc"]
+    # of two triggered images among the benign ones; there are no 999
+    few = rows[-1]["few_anomalous"]
+    assert list(few) == ["2"]
+    assert few["2"].keys() == {"auroc", "tpr", "realized_fpr"}
+    assert few["2"]["tpr"] in np.arange(9) / 8  # four times two
+    assert 0 <= few["2"]["realized_fpr"] < 0.5
     for name in ("num_draws", "sample_forwards", "seconds"):
         assert rows[0][name] == rows[1][name] + rows[4][name] + rows[7][name]
     assert (rows[7]["detector"], rows[7]["sample_forwards"]) == (
@@ -384,7 +391,14 @@ def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     driver("score", *given).main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["detector"] for row in rows] == ["functional"] * 3 + ["knn", "functional", "msp"]
-    assert [row["preset"] for row in rows] == ["default+tangent+knn", "default", "tangent", "", "default+batch", ""]
+    assert [row["preset"] for row in rows] == [
+        "default+tangent+knn",
+        "default",
+        "tangent",
+        "",
+        "default+tangent+knn+batch",
+        "",
+    ]
     assert [rows[index]["forwards_per_example"] for index in (2, 3, 5)] == [3, 1, 1]
     # what is kept says the same again
     for name in ("detector", "detector-tangent"):
