@@ -65,7 +65,8 @@ def test_features_are_asked_where_they_can_be_read(model, images, monkeypatch):
     loss_fn, params = model
     trusted = loss_fn.label(params, {"image": images[:30]})
     fit = partial(Ensemble.fit, jax.random.key(0), params=params, trusted=trusted, layout="host")
-    monkeypatch.setattr(madjax.ensemble, "DRAWS", DRAWS._replace(num_draws=4))
+    for name in ("DRAWS", "TANGENT"):  # a tangent's program takes long to compile
+        monkeypatch.setattr(madjax.ensemble, name, DRAWS._replace(num_draws=4))
     assert [type(each) for each in fit(loss_fn=loss_fn).detectors] == [Detector, Detector, Baseline]
     own_code = lambda params, batch: loss_fn(params, batch)  # noqa: E731
     assert [type(each) for each in fit(loss_fn=own_code).detectors] == [Detector, Detector]

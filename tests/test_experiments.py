@@ -17,6 +17,7 @@ from madjax import Detector, Langevin, checkpoint, from_nnx, report
 from madjax.data import Normalize, parse_normalization
 from madjax.interop.weights import load_weights
 from madjax.models import from_torch
+from tests import own_model as own_model_file
 from tests.drivers import run
 from tests.own_model import score_flags
 from tests.test_cases import make_download, random_cnn
@@ -415,15 +416,18 @@ def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
     assert len(set(map(tuple, scored.values()))) == 4
 
 
-def test_score_does_without_features_that_cannot_be_read(driver, own_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    given = [flag for flag in score_flags(own_model, tmp_path) if not flag.startswith("--architecture")]
-    given += ["--loss_fn=tests.own_model:load_code", "--coupling=topk_ccc"]
-    driver("score", *given).main()
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["preset"] for row in rows] == ["default+tangent", "default", "tangent"]
+def test_score_does_without_features_that_cannot_be_read(driver, own_model, tmp_path):
+    trusted, test = ({"image": arrays(own_model / f"{name}.npz")["image"]} for name in ("trusted", "test"))
+    known = {"is_anomalous": np.arange(40) >= 30, "accuracy": 0.0, "asr": 0.0}
+    for load, some in ((own_model_file.load, ["knn"]), (own_model_file.load_code, [])):
+        model = load(own_model / "model.safetensors")
+        driver("score", *score_flags(own_model, tmp_path))
+        assert list(common.judge_features("x", 0, *model, trusted, test, **known)) == some
+        driver("score", *score_flags(own_model, tmp_path), "--preset=default,tangent")
+        assert not common.judge_features("x", 0, *model, trusted, test, **known)
+    driver("score", *score_flags(own_model, tmp_path), "--preset=default,knn")
     with pytest.raises(ValueError, match="loss_fn: wanted one of from_nnx, from_linen or from_decoder"):
-        driver("score", *given, "--preset=default,knn", f"--workdir={tmp_path}/asked").main()
+        common.judge_features("x", 0, *model, trusted, test, **known)
 
 
 def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
