@@ -17,9 +17,8 @@ from madjax import Detector, Langevin, checkpoint, from_nnx, report
 from madjax.data import Normalize, parse_normalization
 from madjax.interop.weights import load_weights
 from madjax.models import from_torch
-from tests import own_model as own_model_file
 from tests.drivers import run
-from tests.own_model import score_flags
+from tests.own_model import load, load_code, score_flags
 from tests.test_cases import make_download, random_cnn
 
 SMALL = ["--num_draws=8", "--num_epochs=8", "--layout=host"]
@@ -419,8 +418,8 @@ def test_score_with_ones_own_loss(driver, own_model, tmp_path, monkeypatch):
 def test_score_does_without_features_that_cannot_be_read(driver, own_model, tmp_path):
     trusted, test = ({"image": arrays(own_model / f"{name}.npz")["image"]} for name in ("trusted", "test"))
     known = {"is_anomalous": np.arange(40) >= 30, "accuracy": 0.0, "asr": 0.0}
-    for load, some in ((own_model_file.load, ["knn"]), (own_model_file.load_code, [])):
-        model = load(own_model / "model.safetensors")
+    for make, some in ((load, ["knn"]), (load_code, [])):
+        model = make(own_model / "model.safetensors")
         driver("score", *score_flags(own_model, tmp_path))
         assert list(common.judge_features("x", 0, *model, trusted, test, **known)) == some
         driver("score", *score_flags(own_model, tmp_path), "--preset=default,tangent")
