@@ -185,12 +185,13 @@ def train_case(name: str, seed: int, recipe: Recipe = Recipe(), folder: Path | N
         return load_case(folder)
     rng = cell_rng(name, seed)
     train, pool = _train(recipe, rng), _pool(recipe, name, seed)
-    attack, images, labels = None, train.images, train.labels
+    attack, images, labels, backdoors = None, train.images, train.labels, []
     if name != "clean":
         attack = _make_attack(name, rng, seed, recipe, train, recipe.target, folder)
-        images, labels, *_ = poison(rng, images, labels, attack, target=recipe.target, ratio=recipe.poison_ratio)
+        backdoors = [_Backdoor(attack, recipe.target, recipe.poison_ratio, np.arange(len(labels)))]
+        images, labels = backdoors[0].put(rng, train, images, labels)
     num_classes = int(train.labels.max()) + 1
-    model = _fit(recipe, rng, images, labels, num_classes, [] if attack is None else [attack], folder)
+    model = _fit(recipe, rng, train, images, labels, backdoors, folder)
     if folder is not None:
         _save(folder, model, attack, {"name": name, "seed": seed, "num_classes": num_classes, **recipe._asdict()})
     return _case(model, _normalization(recipe.dataset), pool, attack, recipe.target)
@@ -226,16 +227,15 @@ def train_several(
     name = "+".join(f"{name}-{target}" for name, target in zip(names, targets, strict=True))
     rng = cell_rng(name, seed)
     train, pool = _train(recipe, rng), _pool(recipe, name, seed)
-    images, labels, attacks = train.images.copy(), train.labels.copy(), []
+    images, labels, backdoors = train.images, train.labels, []
     # a part of the images for each attack, so that none carries two triggers
     parts = split_by_class(rng, train.labels, (1 / len(names),) * len(names))
     for name, target, part in zip(names, targets, parts, strict=True):
         attack = _make_attack(name, rng, seed, recipe, train, target, folder)
-        poisoned = poison(rng, images[part], labels[part], attack, target=target, ratio=share)
-        images[part], labels[part] = poisoned.images, poisoned.labels
-        attacks.append(attack)
-    model = _fit(recipe, rng, images, labels, int(train.labels.max()) + 1, attacks, folder)
-    return _case(model, _normalization(recipe.dataset), pool, None, 0), attacks
+        backdoors.append(_Backdoor(attack, target, share, part))
+        images, labels = backdoors[-1].put(rng, train, images, labels)
+    model = _fit(recipe, rng, train, images, labels, backdoors, folder)
+    return _case(model, _normalization(recipe.dataset), pool, None, 0), [backdoor.attack for backdoor in backdoors]
 
 
 def train_known(
@@ -248,7 +248,8 @@ def train_known(
     rng = cell_rng("known", seed)
     train, pool = _train(recipe, rng), _pool(recipe, "known", seed)
     kept, known = train.labels < num_classes, pool.labels < num_classes
-    model = _fit(recipe, rng, train.images[kept], train.labels[kept], num_classes, [], folder)
+    train = train._replace(images=train.images[kept], labels=train.labels[kept], groups=None)
+    model = _fit(recipe, rng, train, train.images, train.labels, [], folder)
     groups = None if pool.groups is None else pool.groups[known]
     part = ImageSet(pool.images[known], pool.labels[known], pool.class_names, groups)
     return _case(model, _normalization(recipe.dataset), part, None, 0), pool.images[~known]
@@ -267,31 +268,66 @@ def _make_attack(
     return make_attack(name, rng, train.images, train.labels, target=target, clean_model=clean_model, **settings)
 
 
+class _Backdoor(NamedTuple):
+    """An attack with the class that it asks for, and the share that it poisons of a part of the training images.
+
+    Attributes:
+      part: indices of the training images.
+    """
+
+    attack: Attack
+    target: int
+    ratio: float
+    part: np.ndarray
+
+    def put(
+        self, rng: np.random.Generator, clean: ImageSet, images: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels with the part's poisoned from the clean ones in their place."""
+        part, images, labels = self.part, images.copy(), labels.copy()
+        poisoned = poison(
+            rng, clean.images[part], clean.labels[part], self.attack, target=self.target, ratio=self.ratio
+        )
+        images[part], labels[part] = poisoned.images, poisoned.labels
+        return images, labels
+
+
 def _fit(
     recipe: Recipe,
     rng: np.random.Generator,
+    clean: ImageSet,
     images: np.ndarray,
     labels: np.ndarray,
-    num_classes: int,
-    attacks: Sequence[Attack],
+    backdoors: Sequence[_Backdoor],
     folder: Path | None,
 ) -> Any:
-    """A model trained on these images; the training is kept in `folder` after every epoch."""
-    shape, model_seed = images.shape[1:], int(rng.integers(2**31))
+    """A model trained on these images, poisoned from the clean ones; the training is kept in `folder`."""
+    shape, num_classes, model_seed = images.shape[1:], int(clean.labels.max()) + 1, int(rng.integers(2**31))
     if recipe.initial_weights is None:
         model = _build(recipe.model, num_classes, shape, recipe.dtype, model_seed)
     else:
         path = Path(recipe.initial_weights)
         weights = load_weights(path / "model" / "arrays" if is_kept(path) else path)
         model = from_torch(recipe.model, weights, shape, num_classes=num_classes, dtype=jnp.dtype(recipe.dtype))
+    rng_key, anew_seed = jax.random.key(rng.integers(2**31)), int(rng.integers(2**31))
+    # attacks with decoys are of attackers who train themselves, and choose images and decoys anew for every batch
+    again = [backdoor for backdoor in backdoors if backdoor.attack.decoy is not None]
+
+    def anew(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        of_epoch = images, labels
+        for backdoor in again:
+            of_epoch = backdoor.put(np.random.default_rng([anew_seed, epoch]), clean, *of_epoch)
+        return of_epoch
+
     train_classifier(
         model,
         images,
         labels,
-        rng_key=jax.random.key(rng.integers(2**31)),
+        rng_key=rng_key,
+        anew=anew if again else None,
         num_epochs=recipe.num_epochs,
         preprocess=_normalization(recipe.dataset),
-        augmentation=_augmentation(recipe, attacks),
+        augmentation=_augmentation(recipe, [backdoor.attack for backdoor in backdoors]),
         learning_rate=recipe.learning_rate,
         workdir=None if folder is None else folder / "training",
     )

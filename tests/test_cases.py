@@ -32,6 +32,31 @@ def test_a_kept_model_comes_back(tmp_path):
     np.testing.assert_array_equal(again.loss_fn(again.params, batch), case.loss_fn(case.params, batch))
 
 
+def test_attackers_with_decoys_poison_anew_in_every_epoch(monkeypatch):
+    seen = {}
+
+    def spy(model, images, labels, *, anew, **settings):
+        seen[name] = (images, labels, anew)
+        model.eval()
+
+    monkeypatch.setattr(cases, "train_classifier", spy)
+    for name in ("badnet", "wanet"):
+        cases.train_case(name, 0, QUICK)
+    assert seen["badnet"][2] is None
+    images, labels, anew = seen["wanet"]
+    clean = cases._digits(cases.cell_rng("wanet", 0))[0]
+    first, second = anew(0), anew(1)
+    again = anew(1)
+    for shown, asked in ((images, labels), first, second):
+        changed = (shown != clean.images).any((1, 2, 3))
+        assert np.isclose(changed.mean(), 0.3, atol=0.02)  # a tenth, and two decoys for each
+        assert np.isclose((asked != clean.labels).mean(), 0.09, atol=0.015)  # a tenth is of the target
+    assert (first[0] != second[0]).any()
+    assert (first[1] != second[1]).any()
+    for one, other in zip(second, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_training_goes_on_from_a_kept_model(tmp_path):
     clean = cases.train_case("clean", 0, QUICK, tmp_path)
     recipe = QUICK._replace(initial_weights=str(tmp_path), learning_rate=0.0, num_epochs=1)

@@ -54,6 +54,29 @@ def test_resumed_equals_straight(data, tmp_path, interrupt, monkeypatch):
         )  # fmt: skip
 
 
+def test_images_of_every_epoch_anew(data, tmp_path, interrupt, monkeypatch):
+    monkeypatch.setattr(train, "_KEEP_SECONDS", 0)
+    images, labels = data
+    epochs = []
+
+    def anew(epoch):
+        epochs.append(epoch)
+        return images, (labels + epoch) % 3  # the last epoch is of the labels plus 3, which are the labels
+
+    _, always = fit(data)
+    _, loss = fit(data, anew=lambda epoch: data)
+    assert loss == always
+    straight, other = fit(data, anew=anew, workdir=tmp_path / "straight")
+    assert epochs == [0, 1, 2, 3]
+    assert other > always + 0.1
+    interrupt(2, lambda: fit(data, anew=anew, workdir=tmp_path / "resumed"))
+    resumed, again = fit(data, anew=anew, workdir=tmp_path / "resumed")
+    assert again == other
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(resumed), nnx.state(straight))
+    with pytest.raises(ValueError, match=r"anew: wanted shapes \(150, 8, 8, 1\), \(150,\) in epoch 0, got \[\(149, "):
+        fit(data, anew=lambda epoch: (images[1:], labels[1:]))
+
+
 def test_the_recipe_is_backdoorbenchs(data, monkeypatch):
     told = {}
 

@@ -28,7 +28,8 @@ class Attack(NamedTuple):
       image_shape: `(height, width, channels)` of the images it is made for.
       clean_label: only images of the target class are poisoned, and no label is changed.
       decoy: `(arrays, rng, uint8 images)` -> images with a trigger that is not the attack's; they are trained on with
-        their true label, so that only the exact trigger works. None: no decoys.
+        their true label, so that only the exact trigger works. Who makes decoys trains the model too, and poisons other
+        images in every epoch (in BackdoorBench, of every batch). None: no decoys.
       decoy_ratio: decoys for each poisoned image.
       rotation: degrees of the random rotation that training with it takes in addition.
     """

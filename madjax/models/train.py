@@ -38,6 +38,7 @@ def train_classifier(
     learning_rate: float = 0.01,
     batch_size: int = 128,
     weight_decay: float = 5e-4,
+    anew: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
     workdir: str | Path | None = None,
     progress: bool = True,
 ) -> float:
@@ -47,11 +48,12 @@ def train_classifier(
 
     Args:
       preprocess: uint8 images -> the model's input, inside the compiled step.
+      anew: epoch -> its images and labels, as many and of the same shape, where they are not the same in all.
       workdir: where the state is kept after an epoch, every half minute at most; a second call with it goes on after
         the last one kept and ends where an uninterrupted one would.
 
     Raises:
-      ValueError: fewer images than a batch, images and labels of different number.
+      ValueError: fewer images than a batch, images and labels of different number, or of another one anew.
       FloatingPointError: the loss is not finite.
     """
     if len(images) != len(labels):
@@ -81,9 +83,19 @@ def train_classifier(
         updates, momentum = optimizer.update(gradient, momentum, params)
         return (optax.apply_updates(params, updates), rest, momentum), loss
 
-    images_there, labels_there = jax.device_put(images), jax.device_put(np.asarray(labels, np.int32))
+    there = _on_device(images, labels)
+
+    def before_epoch(epoch: int) -> None:
+        nonlocal there
+        if anew is not None:
+            of_epoch = anew(epoch)
+            shapes = [array.shape for array in of_epoch]
+            if shapes != [images.shape, labels.shape]:
+                raise ValueError(f"anew: wanted shapes {images.shape}, {labels.shape} in epoch {epoch}, got {shapes}")
+            there = _on_device(*of_epoch)
+
     mean, state = run_epochs(
-        lambda state, index, key: step(state, images_there, labels_there, index, key),
+        lambda state, index, key: step(state, *there, index, key),
         (params, rest, optimizer.init(params)),
         len(images),
         rng_key=rng_key,
@@ -92,6 +104,7 @@ def train_classifier(
         learning_rate=learning_rate,
         workdir=workdir,
         progress=progress,
+        before_epoch=before_epoch,
     )
     nnx.update(model, *state[:2])
     model.eval()
@@ -109,6 +122,7 @@ def run_epochs(
     learning_rate: float,
     workdir: str | Path | None,
     progress: bool,
+    before_epoch: Callable[[int], None] = lambda epoch: None,
     after_epoch: Callable[[Any], Any] = lambda state: state,
 ) -> tuple[float, Any]:
     """Passes all examples, shuffled, through `step` in every epoch; the last, smaller batch is dropped.
@@ -117,6 +131,7 @@ def run_epochs(
       step: (state, indices of the batch, key) -> (state, loss); its first argument may be donated.
       learning_rate: for the error where the loss is not finite.
       workdir: see `train_classifier`.
+      before_epoch: called with the number of every epoch that is trained.
       after_epoch: state -> what the next epoch begins with.
 
     Returns:
@@ -131,6 +146,7 @@ def run_epochs(
     )
     kept = time.monotonic()
     for epoch in bar:
+        before_epoch(epoch)
         epoch_key = jax.random.fold_in(rng_key, epoch)
         order = jax.random.permutation(epoch_key, num_examples)
         losses = []
@@ -147,6 +163,10 @@ def run_epochs(
             _keep(Path(workdir), epoch, mean, state)
             kept = time.monotonic()
     return mean, state
+
+
+def _on_device(images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    return jax.device_put(images), jax.device_put(np.asarray(labels, np.int32))
 
 
 def _keep(workdir: Path, epoch: int, loss: float, state: Any) -> None:
