@@ -132,6 +132,23 @@ def test_a_moving_scale_comes_back_from_draws_that_overflow(digits_model, exampl
     assert 1e-5 < scale < 1e-3
 
 
+def test_a_moving_scale_that_is_not_found_is_told(digits_model, examples):
+    loss_fn, params = digits_model
+    trusted = loss_fn.label(params, examples)
+    draws = gaussian(jax.random.key(0), params, 1.0, num_draws=8, mask=loss_fn.is_trainable(params))
+
+    def jumps(p, batch):  # log losses move by a hundredth or by ten, and by nothing between
+        far = sum(jnp.abs(a - b).max() for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(params), strict=True))
+        return jnp.where(far > 1e-2, jnp.exp(10.0), jnp.where(far > 0, jnp.exp(0.01), 1.0)) + jnp.zeros(
+            len(batch["image"])
+        )
+
+    with pytest.warns(
+        UserWarning, match=r"trusted: at the scale .*, chosen in 8 steps, the log losses need not move by 0.3"
+    ):
+        choose_moving_scale(jumps, draws, trusted, 0.3)
+
+
 def test_scale_errors(digits_model, examples):
     loss_fn, params = digits_model
     trusted = loss_fn.label(params, examples)

@@ -13,6 +13,7 @@ amount.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -152,4 +153,10 @@ def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, m
                 f"trusted: no scale between {_SMALLEST} and {_LARGEST} moves the log losses by {moved}; do the drawn "
                 "parameters matter to them?"
             )
+    else:
+        warnings.warn(
+            f"trusted: at the scale {scale:.3g}, chosen in {_MOVING_STEPS} steps, the log losses need not move by "
+            f"{moved}; at the one before they moved by {by:.3g}",
+            stacklevel=2,
+        )
     return scale, pilot.num_passes * num_examples(examples)
