@@ -1,4 +1,5 @@
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,13 +12,15 @@ from madjax import from_nnx
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict, to_arrays
-from madjax.models.layers import max_pool
+from madjax.models.layers import avg_pool, convolve, max_pool
 
 if importlib.util.find_spec("torch") is not None:
     import torch
     from torch import nn
 
     from experiments import torch_networks
+
+NUMBERS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -328,12 +331,45 @@ def test_a_models_own_names_are_taken_too(name):
         from_torch("resnet20", to_arrays(nnx.state(model)), (32, 32, 3))
 
 
+@pytest.mark.parametrize(("size", "channels", "window"), [((8, 7), 3, 3), ((6, 9), 1, 5)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 1), (1, 1)]])
+def test_a_sum_of_shifted_images_is_a_convolution(size, channels, window, padding):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, *size, channels))
+    kernels = jax.random.normal(keys[1], (4, window, window, channels, 5))
+
+    def sums(conv, dtype, x, kernel):
+        y = conv(x.astype(dtype), kernel.astype(dtype), (1, 1), padding, **NUMBERS)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    for dtype, rtol in ((jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)):
+        found, wanted = (
+            jax.vmap(jax.value_and_grad(partial(sums, conv, dtype), (0, 1), has_aux=True), (None, 0))(x, kernels)
+            for conv in (convolve, jax.lax.conv_general_dilated)
+        )
+        assert found[0][1].dtype == dtype
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=20 * rtol), found, wanted)
+
+
+def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
+    def primitives(channels, strides):
+        x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, 4))
+        jaxpr = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, strides, "SAME", **NUMBERS))(x, kernel)
+        return {equation.primitive.name for equation in jaxpr.eqns}
+
+    assert primitives(3, (1, 1)) == {"custom_vjp_call"}
+    assert primitives(4, (1, 1)) == primitives(3, (2, 2)) == {"conv_general_dilated"}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert primitives(3, (1, 1)) == {"conv_general_dilated"}
+
+
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_max_pool_is_that_of_nnx(size):
+@pytest.mark.parametrize(("ours", "theirs"), [(max_pool, nnx.max_pool), (avg_pool, nnx.avg_pool)])
+def test_pooling_is_that_of_nnx(size, ours, theirs):
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
 
     def pooled(pool):
         return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x)
 
-    reference = pooled(lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2)))
-    jax.tree.map(np.testing.assert_allclose, pooled(max_pool), reference)
+    reference = pooled(lambda x: theirs(x, (2, 2), strides=(2, 2)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), pooled(ours), reference)

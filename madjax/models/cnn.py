@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import batch_norm, max_pool
+from madjax.models.layers import avg_pool, batch_norm, convolve, max_pool
 
 
 class DigitsCNN(Classifier):
@@ -28,7 +28,9 @@ class DigitsCNN(Classifier):
         rngs: nnx.Rngs,
     ):
         height, width, channels = image_shape
-        self.conv1 = nnx.Conv(channels, 16, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv1 = nnx.Conv(
+            channels, 16, (3, 3), use_bias=False, dtype=dtype, rngs=rngs, conv_general_dilated=convolve
+        )
         self.norm1 = batch_norm(16, dtype=dtype, rngs=rngs)
         self.conv2 = nnx.Conv(16, 32, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
         self.norm2 = batch_norm(32, dtype=dtype, rngs=rngs)
@@ -71,15 +73,17 @@ class BadNetsCNN(Classifier):
         if min(height, width) < 16:
             raise ValueError(f"image_shape: the BadNets CNN wanted at least 16x16, got {tuple(image_shape)}")
         size = ((height - 4) // 2 - 4) // 2 * (((width - 4) // 2 - 4) // 2)
-        self.conv1 = nnx.Conv(channels, 16, (5, 5), padding="VALID", dtype=dtype, rngs=rngs)
+        self.conv1 = nnx.Conv(
+            channels, 16, (5, 5), padding="VALID", dtype=dtype, rngs=rngs, conv_general_dilated=convolve
+        )
         self.conv2 = nnx.Conv(16, 32, (5, 5), padding="VALID", dtype=dtype, rngs=rngs)
         self.fc1 = nnx.Linear(32 * size, 512, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(512, num_classes, rngs=rngs)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """`[n, height, width, channels]` -> float32 logits `[n, num_classes]`."""
-        x = nnx.avg_pool(nnx.relu(self.conv1(image)), (2, 2), strides=(2, 2))
-        x = nnx.avg_pool(nnx.relu(self.conv2(x)), (2, 2), strides=(2, 2))
+        x = avg_pool(nnx.relu(self.conv1(image)))
+        x = avg_pool(nnx.relu(self.conv2(x)))
         # channels first, as the published weights of fc1 expect
         x = jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
         return self.fc2(nnx.relu(self.fc1(x)).astype(jnp.float32))

@@ -1,17 +1,22 @@
-"""Convolutions and batch norms as torch has them, and the stages that residual networks are made of."""
+"""Convolutions, batch norms and pooling as torch has them, and the stages that residual networks are made of."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 # one object, so that two models of one architecture compare equal; He et al. 2015, arXiv 1502.01852
 _HE_NORMAL = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# products summed up for a pixel, of which the CPU is quicker one by one: up to 3×3 pixels of a colour image
+_FEW_PRODUCTS = 27
 
 
 def conv(
@@ -28,8 +33,48 @@ def conv(
     return nnx.Conv(
         in_features, out_features, (size, size), strides=stride, use_bias=use_bias, dtype=dtype, rngs=rngs,
         # torch pads both sides alike, "SAME" does not when the stride is 2
-        padding=(size - 1) // 2, kernel_init=_HE_NORMAL,
+        padding=(size - 1) // 2, kernel_init=_HE_NORMAL, conv_general_dilated=convolve,
     )  # fmt: skip
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
+    """What `nnx.Conv` takes `conv_general_dilated` for, made quicker on a CPU where an image has few channels.
+
+    XLA's CPU code for the first layer of a network takes up to ten times as long as a sum of shifted images does
+    (`docs/performance.md`); for its gradient it is the quicker one.
+    """
+    few = set(strides) == {1} and math.prod(kernel.shape[:-1]) <= _FEW_PRODUCTS
+    if not few or jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return _sum_of_shifted(x, kernel, tuple(map(tuple, padding)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_of_shifted(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0))).astype(jnp.float32)
+    height, width = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
+    total = jnp.zeros((), jnp.float32)
+    for row, column, channel in np.ndindex(*kernel.shape[:-1]):
+        window = padded[:, row : row + height, column : column + width, channel, None]
+        total = total + window * kernel[None, None, None, row, column, channel].astype(jnp.float32)
+    return total.astype(x.dtype)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> tuple[jax.Array, Any]:
+    return _sum_of_shifted(x, kernel, padding), (x, kernel)
+
+
+def _backward(padding: tuple[tuple[int, int], ...], saved: Any, gradient: jax.Array) -> Any:
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
+
+    return jax.vjp(plain, *saved)[1](gradient)
+
+
+_sum_of_shifted.defvjp(_forward, _backward)
 
 
 def batch_norm(features: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -67,11 +112,17 @@ def global_mean(x: jax.Array) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """2×2 maxima with a stride of 2; a last odd row or column is dropped. Equal maxima share their gradient.
+    """2×2 maxima with a stride of 2; a last odd row or column is dropped. Equal maxima share their gradient."""
+    return _pool(jnp.maximum, x)
 
-    The CPU takes many times as long for the gradient of a window, as `nnx.max_pool` has it.
-    """
+
+def avg_pool(x: jax.Array) -> jax.Array:
+    """2×2 means with a stride of 2; a last odd row or column is dropped."""
+    return _pool(jnp.add, x) / 4
+
+
+def _pool(two: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Of four slices: the CPU takes many times as long for windows, as `nnx.max_pool` has them, and their gradient."""
     height, width = (size // 2 * 2 for size in x.shape[1:3])
-    top, bottom = x[:, 0:height:2, :width], x[:, 1:height:2, :width]
-    rows = jnp.maximum(top, bottom)
-    return jnp.maximum(rows[:, :, 0::2], rows[:, :, 1::2])
+    rows = two(x[:, 0:height:2, :width], x[:, 1:height:2, :width])
+    return two(rows[:, :, 0::2], rows[:, :, 1::2])
