@@ -23,7 +23,7 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from madjax import Detector, Gaussian, Langevin, report
 from madjax.attacks import ATTACKS
 from madjax.sampling.perturbation import Perturbation
@@ -31,7 +31,7 @@ from madjax.sampling.perturbation import Perturbation
 common.define_training_flags()
 common.define_list("attack", ["badnet", "blended", "sig"], list(ATTACKS), "Attacks.")
 common.define_seeds()
-common.define_detectors(with_ours=True)
+detection.define_detectors(with_ours=True)
 flags.DEFINE_integer("num_draws", 128, "Draws where their number is not what varies.", lower_bound=8)
 common.define_layout()
 flags.DEFINE_string("workdir", "runs/ablations", "Folder for results.")
@@ -77,16 +77,16 @@ class _Cell:
         scores = detector.score({"image": self.test.images})
         counted, num_test = self.test.counted, len(self.test.images)
         return {
-            "detector": common.FUNCTIONAL,
+            "detector": detection.FUNCTIONAL,
             **report.detection_row(scores, self.test.is_anomalous, counted.accuracy, counted.asr, _FPR),
             "seconds": time.perf_counter() - start,
-            "forwards_per_example": common.sample_forwards(detector, num_test) / (len(trusted["image"]) + num_test),
+            "forwards_per_example": detection.sample_forwards(detector, num_test) / (len(trusted["image"]) + num_test),
         }
 
     def rivals(self, num_trusted: int | None = None) -> Iterator[dict[str, Any]]:
         counted, test = self.test.counted, {"image": self.test.images}
-        for rival in common.fit_rivals(self.case.loss_fn, self.case.params, self._trusted(num_trusted), fpr=_FPR):
-            yield common.rival_row(
+        for rival in detection.fit_rivals(self.case.loss_fn, self.case.params, self._trusted(num_trusted), fpr=_FPR):
+            yield detection.rival_row(
                 self.attack, self.seed, rival, test, self.test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
             )[0]
 
@@ -165,7 +165,7 @@ def _plot(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     values = list(dict.fromkeys(row["value"] for row in rows))
     for attack, detector in dict.fromkeys((row["attack"], row["detector"]) for row in rows):
         own = [row for row in rows if (row["attack"], row["detector"]) == (attack, detector)]
-        label = attack if detector == common.FUNCTIONAL else f"{attack}, {detector}"
+        label = attack if detector == detection.FUNCTIONAL else f"{attack}, {detector}"
         for axis, key in zip(axes, ("auroc", "der"), strict=True):
             shown = [[row[key] for row in own if row["value"] == value] for value in values]
             report.plot_ranges(axis, list(map(str, values)), shown, label)

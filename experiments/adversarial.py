@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from madjax import Detector, report
 from madjax.attacks.adversarial import Attacked, adaptive_pgd, auto_pgd, check_epsilon, fgsm, pgd
 from madjax.data import split_by_class
@@ -48,7 +48,7 @@ def _weight(text: str) -> float:
 common.define_training_flags()
 common.define_list("attack", _ATTACKS, _ATTACKS, "Attacks; margin is PGD on the margin loss.")
 common.define_seeds()
-common.define_detectors(with_ours=True)
+detection.define_detectors(with_ours=True)
 common.define_weights("Weights: torch, safetensors or orbax; a model is trained if not given.")
 flags.DEFINE_bool("targeted", False, "Lead every image to the class after its own, instead of to any other.")
 flags.DEFINE_float("epsilon", None, "∞-norm, in levels of 0..255; 8, and 32 for digits, if not given.")
@@ -59,7 +59,7 @@ flags.DEFINE_integer("num_attacked", None, "Test images to attack; all that are 
 common.define_texts("weight", ["0", "0.5", "0.9", "1"], _weight, "Of the detector in the adaptive attack, 0 to 1.")
 flags.DEFINE_integer("num_attack_draws", 8, "Draws that a step of the adaptive attack differentiates.", lower_bound=1)
 flags.DEFINE_string("workdir", "runs/adversarial", "Folder for results.")
-common.define_detection_flags()
+detection.define_flags()
 # what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
 flags.FLAGS.set_default("retained", 0.95)
 flags.FLAGS.set_default("traces", "plain_margins")
@@ -77,7 +77,7 @@ def main() -> None:
         epsilon: Any = values[name].value
         if epsilon is not None:
             check_epsilon(epsilon, largest)
-    names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *common.detection_flag_names()]
+    names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *detection.flag_names()]
     workdir, config = common.open_workdir(values.workdir, names)
     done = common.finished(workdir)
     for seed in map(int, config["seed"]):
@@ -110,15 +110,15 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
     accuracy = float(right[test].mean())
     trusted, benign = trusted[right[trusted]], test[right[test]]
     sources = benign[: values.num_attacked]
-    settings = common.settings_from_flags("default")
+    settings = detection.settings_from_flags("default")
     start = time.perf_counter()
-    detector = common.fit_detector(
+    detector = detection.fit(
         settings, seed, case.loss_fn, case.params, {"image": pool.images[trusted]}, None, None, folder / "trusted"
     )
     benign_losses, benign_classes = detector.sweep({"image": pool.images[benign]}, workdir=folder / "benign")
     sweep_seconds = time.perf_counter() - start
     assert benign_classes is not None
-    rivals = list(common.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]}))
+    rivals = list(detection.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]}))
     rows = []
     for name, weight in _attacks():
         start = time.perf_counter()
@@ -134,13 +134,15 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
         is_anomalous = np.arange(len(classes)) >= len(benign)
         scores = detector.score_losses(losses, classes)
         known: dict[str, Any] = {"accuracy": accuracy, "asr": float(fooled.mean())}
-        row = common.result_row(
+        row = detection.result_row(
             label, seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
             sweep_seconds=sweep_seconds, **known,
         )  # fmt: skip
         images = np.concatenate([pool.images[benign], attacked.images[fooled]])
         judged = [(row, scores)]
-        judged += [common.rival_row(label, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals]
+        judged += [
+            detection.rival_row(label, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals
+        ]
         rows += [
             row
             | {
@@ -158,7 +160,7 @@ def _run_cell(seed: int, workdir: Path) -> list[dict[str, Any]]:
             report.plot_histogram(folder / "histogram.png", scores, is_anomalous, -detector.threshold(), title)
             shown = np.flatnonzero(fooled)[:8]
             report.plot_gallery(folder / "gallery.png", pool.images[sources[shown]], attacked.images[shown], title)
-    curve = [row for row in rows if row["weight"] is not None and row["detector"] == common.FUNCTIONAL]
+    curve = [row for row in rows if row["weight"] is not None and row["detector"] == detection.FUNCTIONAL]
     if curve:
         _plot_trade_off(folder / "trade-off.png", curve, f"adaptive PGD, seed {seed}")
     return rows

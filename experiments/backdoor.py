@@ -32,9 +32,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from experiments.cases import Case, TestSet
-from experiments.common import Judged
+from experiments.detection import Judged
 from madjax import Detector, Scores, batch, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.coupling import TOP_K
@@ -45,12 +45,12 @@ common.define_list(
     "attack", ["badnet", "blended", "sig", "clean"], [*ATTACKS, "clean"], "Attacks; clean trains without one."
 )
 common.define_seeds()
-common.define_presets(["default", "tangent", "knn", "batch"], ["default", "tangent", "knn", "batch", "paper"])
-common.define_detectors()
+detection.define_presets(["default", "tangent", "knn", "batch"], ["default", "tangent", "knn", "batch", "paper"])
+detection.define_detectors()
 common.define_weights("A folder of train_backdoor, or weights: torch, safetensors or orbax.")
 flags.DEFINE_string("backdoorbench", None, "Folder of a BackdoorBench result, with attack_result.pt.")
 flags.DEFINE_string("workdir", "runs/backdoor", "Folder for results.")
-common.define_detection_flags()
+detection.define_flags()
 flags.DEFINE_multi_integer(
     "num_anomalous", [], "Also score batches of all benign and so few triggered images; results.json tells of them.",
     lower_bound=1,
@@ -65,7 +65,7 @@ _OWN_FLAGS += ["checkpoint", "normalization", "backdoorbench", "num_anomalous"]
 def main() -> None:
     """Runs all cells and prints the table."""
     values = flags.FLAGS
-    names = [*_OWN_FLAGS, *common.detection_flag_names()]
+    names = [*_OWN_FLAGS, *detection.flag_names()]
     workdir, config = common.open_workdir(values.workdir, names, _told())
     done = common.finished(workdir)
     cells = [(attack, int(seed)) for seed in config["seed"] for attack in config["attack"]]
@@ -144,12 +144,12 @@ def _run_cell(name: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     test = cases.make_test_set(case, name, seed)
     counted = test.counted
     rows, folder = [], workdir / "cells" / f"{name}-{seed}"
-    if common.FUNCTIONAL in values.detector:
+    if detection.FUNCTIONAL in values.detector:
         rows = _ours(name, seed, case, test, folder)
     known = {row["detector"] for row in rows}
     names = [rival for rival in values.detector if rival not in known]
-    for rival in common.fit_rivals(case.loss_fn, case.params, test.trusted, names):
-        row, scores = common.rival_row(
+    for rival in detection.fit_rivals(case.loss_fn, case.params, test.trusted, names):
+        row, scores = detection.rival_row(
             name, seed, rival, {"image": test.images}, test.is_anomalous, accuracy=counted.accuracy, asr=counted.asr
         )
         if not rows and hosts.is_first():
@@ -170,11 +170,11 @@ class _Fitted(NamedTuple):
 def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list[dict[str, Any]]:
     """A row of each preset and coupling, after that of an ensemble where there is one; the first is shown."""
     presets = flags.FLAGS.preset
-    fitted = [_fit(name, seed, case, test, folder, preset) for preset in common.with_draws(presets)]
+    fitted = [_fit(name, seed, case, test, folder, preset) for preset in detection.with_draws(presets)]
     rows = [row for each in fitted for row in each.rows]
     shown, threshold = fitted[0].named_scores, fitted[0].detector.threshold()
     images, counted = {"image": test.images}, test.counted
-    features = common.judge_features(
+    features = detection.judge_features(
         name, seed, case.loss_fn, case.params, test.trusted, images, test.is_anomalous, accuracy=counted.accuracy,
         asr=counted.asr,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list
     first = {
         each.preset: Judged(each.detector, next(iter(each.named_scores.values())), each.rows[0]) for each in fitted
     }
-    judged = common.together(first | features, test.is_anomalous)
+    judged = detection.together(first | features, test.is_anomalous)
     if judged:
         rows.insert(0, judged.row)
         shown, threshold = {judged.row["coupling"]: judged.scores, **shown}, judged.detector.threshold()
@@ -211,7 +211,7 @@ def _as_batch(drawn: Detector, judged: Judged, is_anomalous: np.ndarray, seed: i
     def row(chosen: np.ndarray) -> dict[str, Any]:
         alone = jax.tree.map(lambda array: array[chosen], judged.scores)
         scores = batch.as_batch(drawn.scorer, losses[:, chosen], alone, trusted_couplings, fpr=drawn.fpr)
-        return common.derived_row([judged.row], scores, is_anomalous[chosen], "+batch")
+        return detection.derived_row([judged.row], scores, is_anomalous[chosen], "+batch")
 
     benign, anomalous = np.flatnonzero(~is_anomalous), np.flatnonzero(is_anomalous)
     few, rng = {}, np.random.default_rng(seed)
@@ -225,8 +225,8 @@ def _as_batch(drawn: Detector, judged: Judged, is_anomalous: np.ndarray, seed: i
 
 
 def _fit(name: str, seed: int, case: Case, test: TestSet, folder: Path, preset: str) -> _Fitted:
-    settings, start = common.settings_from_flags(preset), time.perf_counter()
-    detector = common.fit_detector(
+    settings, start = detection.settings_from_flags(preset), time.perf_counter()
+    detector = detection.fit(
         settings, seed, case.loss_fn, case.params, test.trusted, test.sampling, {"image": test.images}, folder / preset
     )
     assert detector.test is not None
@@ -236,7 +236,7 @@ def _fit(name: str, seed: int, case: Case, test: TestSet, folder: Path, preset: 
         for coupling in settings.coupling
     }
     rows = [
-        common.result_row(
+        detection.result_row(
             name, seed, settings, coupling, detector, scores, test.is_anomalous,
             accuracy=test.counted.accuracy, asr=test.counted.asr, sweep_seconds=seconds,
         )

@@ -17,21 +17,21 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import bench, common, detection
 from madjax.types import num_examples
 
 flags.DEFINE_string("model", "preact_resnet18", "Classifier of 32×32 colour images.")
 flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the model's computation.")
 flags.DEFINE_enum("preset", "default", ["default", "paper"], "Settings: of the flags, or of the paper.")
 flags.DEFINE_integer("num_examples", 12_000, "Examples: a third trusted, the others scored.", lower_bound=6)
-common.define_detection_flags()
+detection.define_flags()
 
 
 def main() -> None:
     """Runs the cell once to compile, a chain for few draws, and once for the clock."""
     values = flags.FLAGS
-    settings = common.settings_from_flags(values.preset)
-    loss_fn, params, _, examples = common.random_problem(values.model, values.num_examples, 1, values.dtype)
+    settings = detection.settings_from_flags(values.preset)
+    loss_fn, params, _, examples = bench.random_problem(values.model, values.num_examples, 1, values.dtype)
     params = _balanced(loss_fn, params, examples["image"][:256])
     third = values.num_examples // 3
     trusted, test = ({"image": examples["image"][part]} for part in (slice(third), slice(third, None)))
@@ -39,7 +39,7 @@ def main() -> None:
 
     def run(num_draws: int) -> tuple[float, float]:
         start = time.perf_counter()
-        detector = common.fit_detector(
+        detector = detection.fit(
             settings._replace(num_draws=num_draws), 0, loss_fn, params, trusted, sampling, test, None
         )
         assert detector.test is not None
@@ -48,7 +48,7 @@ def main() -> None:
         return swept - start, time.perf_counter() - start
 
     # the programs of a chain do not depend on how many draws it makes
-    _, first = run(32 if settings.sampler in common.CHAINS else settings.num_draws)
+    _, first = run(32 if settings.sampler in detection.CHAINS else settings.num_draws)
     fit, total = run(settings.num_draws)
     row = {
         "device": common.device(),
@@ -58,7 +58,7 @@ def main() -> None:
         "first_seconds": first,
         "fit_seconds": fit,
         "seconds": total,
-        "peak_memory_mib": common.peak_memory() / 2**20,
+        "peak_memory_mib": bench.peak_memory() / 2**20,
     }
     print(json.dumps(row))
 

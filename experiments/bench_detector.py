@@ -15,7 +15,7 @@ import time
 import jax
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax import Detector, Gaussian
 from madjax.models import MODELS
 
@@ -32,7 +32,7 @@ def main() -> None:
     values = flags.FLAGS
     sizes = [int(size) for size in values.num_inputs]
     count = values.num_trusted + max(sizes)
-    loss_fn, params, _, examples = common.random_problem(values.model, count, values.num_draws)
+    loss_fn, params, _, examples = bench.random_problem(values.model, count, values.num_draws)
     image = examples["image"]
     start = time.perf_counter()
     detector = Detector.fit(

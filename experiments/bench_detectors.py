@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import flags
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from madjax import Detector, Scores, baselines, report
 from madjax.coupling import DEFAULT
 from madjax.scorer import Scorer
@@ -36,7 +36,7 @@ flags.DEFINE_integer("num_examples", 300, "Trusted, benign and anomalous example
 flags.DEFINE_integer("seed", 0, "Seed of training, splits and draws.")
 common.define_list("attack", ["badnet", "blended", "sig"], list(cases.ATTACKS), "Attacks of the digits models.")
 common.define_list("published", list(cases.PUBLISHED), list(cases.PUBLISHED), "Public checkpoints under --data.")
-DETECTORS = [common.FUNCTIONAL, *baselines.BASELINES]
+DETECTORS = [detection.FUNCTIONAL, *baselines.BASELINES]
 common.define_list("detector", DETECTORS, DETECTORS, "Detectors.")
 common.define_layout()
 
@@ -70,10 +70,10 @@ def main() -> None:
 def _rows(model: str, case: cases.Case, wanted: list[str]) -> Iterator[dict[str, Any]]:
     values = flags.FLAGS
     test = cases.make_small_test_set(case, values.seed, (0.4, 0.6), values.num_examples)
-    if common.FUNCTIONAL in wanted:
+    if detection.FUNCTIONAL in wanted:
         yield from _ours(model, case, test)
     for name in wanted:
-        if name == common.FUNCTIONAL:
+        if name == detection.FUNCTIONAL:
             continue
         start = time.perf_counter()
         with warnings.catch_warnings():
@@ -100,7 +100,7 @@ def _ours(model: str, case: cases.Case, test: cases.TestSet) -> Iterator[dict[st
         scorer = Scorer.fit(trusted[:draws], detector.scorer.trusted_classes, coupling=DEFAULT)
         # seconds are those of all draws; of fewer, nothing was timed
         took = seconds if draws == values.num_draws else float("nan")
-        yield _row(model, common.FUNCTIONAL, draws, scorer.score(losses[:draws], classes), test, draws + extra, took)
+        yield _row(model, detection.FUNCTIONAL, draws, scorer.score(losses[:draws], classes), test, draws + extra, took)
 
 
 def _row(
@@ -136,13 +136,13 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _plot(path: Path, means: list[dict[str, Any]]) -> None:
     figure, grid = plt.subplots(1, 2, figsize=(13, 6), sharex=True, layout="constrained")
     for axes, name in zip(grid, ("auroc", "recall_at_1%"), strict=True):
-        ours = sorted((r for r in means if r["detector"] == common.FUNCTIONAL), key=lambda r: r["num_draws"])
+        ours = sorted((r for r in means if r["detector"] == detection.FUNCTIONAL), key=lambda r: r["num_draws"])
         x = [row["forwards_per_example"] for row in ours]
         axes.plot(x, [row[name] for row in ours], "-o", color="#cc3311", label="functional: 8, 32, all draws", zorder=3)
         # names of one cost stand in a column, in the order of their figures, apart from each other
         by_cost: dict[float, list[dict[str, Any]]] = {}
         for row in means:
-            if row["detector"] != common.FUNCTIONAL:
+            if row["detector"] != detection.FUNCTIONAL:
                 by_cost.setdefault(row["forwards_per_example"], []).append(row)
         low, high = min(row[name] for row in means), max(row[name] for row in means)
         least, lowest = (high - low) / 38, low

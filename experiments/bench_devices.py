@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax import loss_matrix, sweep
 from madjax.models import MODELS
 from madjax.sharding import place, put_examples, put_model
@@ -66,7 +66,7 @@ def _measure(path: Path) -> None:
     (count,) = map(int, values.num_devices)
     jax.config.update("jax_num_cpu_devices", count)
     shards = values.model_shards if count % values.model_shards == 0 else 1
-    loss_fn, _, draws, examples = common.random_problem(values.model, values.num_examples, values.num_draws)
+    loss_fn, _, draws, examples = bench.random_problem(values.model, values.num_examples, values.num_draws)
     # the program of one draw, a batch a device so that no loop hides work from XLA's count
     placement = place(values.num_examples, model_shards=shards)
     batch_size = values.num_examples // placement.parts("examples")

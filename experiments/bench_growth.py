@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax.scorer import Scorer
 from madjax.sweep import loss_matrix
 
@@ -75,15 +75,15 @@ def _measure(what: str, value: int | str) -> dict[str, Any]:
         classes = np.arange(value) % 10
         count, run = value, lambda: Scorer.fit(losses, classes)
     else:
-        loss_fn, params, draws, examples = common.random_problem(
+        loss_fn, params, draws, examples = bench.random_problem(
             problem["parameters"], problem["examples"], problem["draws"]
         )
         count = value if isinstance(value, int) else sum(leaf.size for leaf in jax.tree.leaves(params))
         run = lambda: loss_matrix(loss_fn, draws, examples, layout=flags.FLAGS.layout)  # noqa: E731
-    before = common.peak_memory()
+    before = bench.peak_memory()
     run()
-    grown = common.peak_memory() - before
-    seconds = common.time_in_turns({what: run}, flags.FLAGS.repeats)[what]
+    grown = bench.peak_memory() - before
+    seconds = bench.time_in_turns({what: run}, flags.FLAGS.repeats)[what]
     return {"count": count, "seconds": statistics.median(seconds), "bytes": grown}
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
@@ -51,7 +51,7 @@ def main() -> None:
     values = flags.FLAGS
     model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
     loss_fn, params = from_decoder(model)
-    examples = common.random_sequences(
+    examples = bench.random_sequences(
         np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens,
         values.num_tokens, values.shortest, values.shared,
     )  # fmt: skip
@@ -64,8 +64,8 @@ def main() -> None:
     def sweep(layout: str) -> None:
         loss_matrix(loss_fn, draws_of[layout], examples, layout=layout, batch_size=values.batch_size)
 
-    first = {layout: common.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
-    turns = common.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
+    first = {layout: bench.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
+    turns = bench.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
     seconds = {layout: statistics.median(times) for layout, times in turns.items()}
     leaves = jax.tree.leaves(params)
     row = {

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from madjax import Detector, Gaussian, Langevin
 from madjax.coupling import DEFAULT, couplings
 from madjax.metrics import auroc, recall_at_fpr
@@ -116,7 +116,7 @@ def _compare(name: str) -> dict[str, dict[str, Any]]:
         )  # fmt: skip
         assert detector.test is not None
         scores = detector.score_losses(*detector.test).anomaly_score
-        return scores, common.sample_forwards(detector, len(test_set.images))
+        return scores, detection.sample_forwards(detector, len(test_set.images))
 
     def chain(num_draws: int, num_burnin_steps: int) -> tuple[np.ndarray, int]:
         langevin = Langevin(num_burnin_steps=num_burnin_steps, drift=True)

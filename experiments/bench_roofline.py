@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax.sweep import loss_matrix
 
 flags.DEFINE_string("workdir", "runs/roofline", "Folder for the trace.")
 flags.DEFINE_integer("matrix_size", None, "Rows of the matrices; 8192, on a CPU 2048, where not given.", lower_bound=8)
-common.define_problem_size("preact_resnet18", "bfloat16", num_examples=12_000, num_draws=16, batch_size=1024)
+bench.define_problem_size("preact_resnet18", "bfloat16", num_examples=12_000, num_draws=16, batch_size=1024)
 common.define_layout()
 
 # in a row, so that the device need not wait for the host
@@ -39,7 +39,7 @@ def main() -> None:
     # of chance, since a chip may multiply ones faster
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32 if is_cpu else jnp.bfloat16)
     multiply = jax.jit(jnp.matmul)
-    loss_fn, params, draws, examples = common.random_problem(
+    loss_fn, params, draws, examples = bench.random_problem(
         values.model, values.num_examples, values.num_draws, values.dtype
     )
     examples = jax.device_put(examples)
@@ -58,8 +58,8 @@ def main() -> None:
     pass_flops = jax.jit(loss_fn).lower(*at_host).cost_analysis()["flops"] / num_rows  # pyright: ignore
     flops = {"sweep": pass_flops * values.num_examples * values.num_draws, "matrix_product": _PRODUCTS * 2.0 * size**3}
     runs = {"sweep": sweep, "matrix_product": product}
-    common.time_in_turns(runs, 1)  # compiles
-    seconds = common.time_in_turns(runs, values.repeats)
+    bench.time_in_turns(runs, 1)  # compiles
+    seconds = bench.time_in_turns(runs, values.repeats)
     rates = {name: flops[name] / statistics.median(times) for name, times in seconds.items()}
     print(
         json.dumps(
@@ -71,7 +71,7 @@ def main() -> None:
                 "seconds": {name: statistics.median(times) for name, times in seconds.items()},
                 "flops_per_second": rates,
                 "share_of_matrix_product": rates["sweep"] / rates["matrix_product"],
-                "peak_memory_mib": common.peak_memory() / 2**20,
+                "peak_memory_mib": bench.peak_memory() / 2**20,
                 "largest_costs_seconds": _largest_costs(sweep, Path(values.workdir) / "trace"),
             }
         )

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax import Langevin, loss_matrix
 from madjax.models import MODELS
 from madjax.store import TraceStore
@@ -38,7 +38,7 @@ flags.DEFINE_string("folder", None, "Folder for the store; a temporary one where
 def main() -> None:
     """Times both in turns."""
     values = flags.FLAGS
-    loss_fn, params, draws, examples = common.random_problem(values.model, values.num_examples, values.num_draws)
+    loss_fn, params, draws, examples = bench.random_problem(values.model, values.num_examples, values.num_draws)
     if values.chains:
         chain = Langevin(num_burnin_steps=0)
         draws = chain.perturb(jax.random.key(0), loss_fn, params, examples, examples, values.num_draws).draws

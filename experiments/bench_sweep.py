@@ -14,17 +14,17 @@ from functools import partial
 
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 from madjax.sweep import loss_matrix
 
-common.define_problem_size("digits_cnn", "float32", num_examples=1024, num_draws=32, batch_size=256)
+bench.define_problem_size("digits_cnn", "float32", num_examples=1024, num_draws=32, batch_size=256)
 flags.DEFINE_list("layouts", ["host", "scan8", "vmap2", "vmap4", "vmap8"], "Layouts beside auto.")
 
 
 def main() -> None:
     """Times all layouts."""
     values = flags.FLAGS
-    loss_fn, _, draws, examples = common.random_problem(
+    loss_fn, _, draws, examples = bench.random_problem(
         values.model, values.num_examples, values.num_draws, values.dtype
     )
 
@@ -32,8 +32,8 @@ def main() -> None:
         loss_matrix(loss_fn, draws, examples, layout=layout, batch_size=values.batch_size)
 
     runs = {layout: partial(sweep, layout) for layout in [*values.layouts, "auto"]}
-    first = {layout: seconds[0] for layout, seconds in common.time_in_turns(runs, 1).items()}
-    seconds = common.time_in_turns(runs, values.repeats)
+    first = {layout: seconds[0] for layout, seconds in bench.time_in_turns(runs, 1).items()}
+    seconds = bench.time_in_turns(runs, values.repeats)
     medians = {layout: statistics.median(times) for layout, times in seconds.items()}
     print(f"{'layout':<8} {'compile s':>9} {'draws/s':>9} {'losses/s':>10}")
     results = {}
@@ -57,7 +57,7 @@ def main() -> None:
                 "num_examples": values.num_examples,
                 "layouts": results,
                 "auto_over_best": medians["auto"] / best,
-                "peak_memory_mib": common.peak_memory() / 2**20,
+                "peak_memory_mib": bench.peak_memory() / 2**20,
             }
         )
     )

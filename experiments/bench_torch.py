@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import bench, common
 
 _SHAPES = {
     "digits_cnn": (8, 8, 1),
@@ -47,8 +47,8 @@ def main() -> None:
         results[name] = {}
         for kind in ("forward", "gradient"):
             runs = {who: passes[who][kind] for who in ("ours", "torch")}
-            common.time_in_turns(runs, 1)  # compiles
-            seconds = common.time_in_turns(runs, values.repeats)
+            bench.time_in_turns(runs, 1)  # compiles
+            seconds = bench.time_in_turns(runs, values.repeats)
             medians = {who: statistics.median(times) for who, times in seconds.items()}
             results[name][kind] = {**medians, "torch_over_ours": medians["torch"] / medians["ours"]}
             own, other = (1e3 * medians[who] for who in ("ours", "torch"))
@@ -63,7 +63,7 @@ def _passes(name: str) -> dict[str, dict[str, Callable[[], Any]]]:
     from experiments import torch_networks
 
     values, shape = flags.FLAGS, _SHAPES[name]
-    loss_fn, params, _, examples = common.random_problem(name, values.batch_size, 1)
+    loss_fn, params, _, examples = bench.random_problem(name, values.batch_size, 1)
     forward = jax.jit(loss_fn)
     is_trainable = jax.tree.leaves(loss_fn.is_trainable(params))
     leaves, structure = jax.tree.flatten(params)

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import common, detection
 from experiments.language_models import (
     INSTRUCTED,
     OBFUSCATED,
@@ -55,7 +55,7 @@ from madjax.scorer import Scores
 
 common.define_list("backdoor", ["deployment_inside"], list(TEXT_BACKDOORS), "Backdoors to train and detect.")
 common.define_seeds()
-common.define_detectors(HIDDEN, with_ours=True)
+detection.define_detectors(HIDDEN, with_ours=True)
 flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file.")
 flags.DEFINE_string("adapter", None, "Folder of a PEFT LoRA adapter for --model; with --trusted and --test.")
 flags.DEFINE_string("data_dir", None, "Folder with text/: lima.json and alpaca_en_demo.json, or sst2 and sst2_*.")
@@ -77,7 +77,7 @@ flags.DEFINE_integer(
     "obfuscate", None, "Rounds of training that hide the backdoor from detectors of hidden states.", lower_bound=0
 )
 flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
-common.define_detection_flags()
+detection.define_flags()
 # sequences have no classes, and are longer than images
 flags.FLAGS.set_default("coupling", ["peer_information", "peer_ccc", "topk_ccc"])
 # what all share under a draw is what a hidden backdoor lacks, see docs/choosing-the-scale.md
@@ -95,7 +95,7 @@ _SHOWN = 12
 def main() -> None:
     """Runs all cells, or scores the prompts that were given."""
     values = flags.FLAGS
-    workdir, config = common.open_workdir(values.workdir, [*_OWN_FLAGS, *_RECIPE_FLAGS, *common.detection_flag_names()])
+    workdir, config = common.open_workdir(values.workdir, [*_OWN_FLAGS, *_RECIPE_FLAGS, *detection.flag_names()])
     if (values.trusted is None) != (values.test is None):
         raise ValueError("trusted: wanted it and test, or neither")
     if values.trusted is not None:
@@ -130,9 +130,9 @@ def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     benign, anomalous = case.usual.take(usual[size : 2 * size]), case.triggered.take(triggered[:size])
     is_anomalous = np.arange(len(benign.texts) + len(anomalous.texts)) >= len(benign.texts)
     test = _joined(benign, anomalous)
-    settings = common.settings_from_flags("default")
+    settings = detection.settings_from_flags("default")
     start = time.perf_counter()
-    detector = common.fit_detector(
+    detector = detection.fit(
         settings, seed, case.loss_fn, case.params, trusted.batch, None, test.batch, folder / "default"
     )
     seconds = time.perf_counter() - start
@@ -145,13 +145,13 @@ def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case.loss_fn, case.tokenizer)
     known = {"accuracy": case.accuracy, "asr": case.asr}
     rows = [
-        common.result_row(
+        detection.result_row(
             name, seed, settings, coupling, detector, scores, is_anomalous, sweep_seconds=seconds, **known
         )
         for coupling, scores in named.items()
     ]
-    rivals = common.fit_rivals(case.loss_fn, case.params, trusted.batch)
-    return rows + [common.rival_row(name, seed, rival, test.batch, is_anomalous, **known)[0] for rival in rivals]
+    rivals = detection.fit_rivals(case.loss_fn, case.params, trusted.batch)
+    return rows + [detection.rival_row(name, seed, rival, test.batch, is_anomalous, **known)[0] for rival in rivals]
 
 
 def _score(workdir: Path) -> None:
@@ -164,12 +164,12 @@ def _score(workdir: Path) -> None:
         for path in (values.trusted, values.test)
     )
     loss_fn, params = from_decoder(model)
-    settings = common.settings_from_flags("default")
-    detector = common.fit_detector(settings, 0, loss_fn, params, trusted.batch, None, test.batch, workdir / "default")
+    settings = detection.settings_from_flags("default")
+    detector = detection.fit(settings, 0, loss_fn, params, trusted.batch, None, test.batch, workdir / "default")
     assert detector.test is not None
     scores = detector.score_losses(*detector.test)
     _show(workdir, detector, trusted, test, scores, None, loss_fn, tokenizer)
-    for rival in common.fit_rivals(loss_fn, params, trusted.batch):
+    for rival in detection.fit_rivals(loss_fn, params, trusted.batch):
         said = rival.baseline.score(test.batch)
         report.write_scores(workdir / f"scores-{rival.name}.csv", test.texts, said, None, trusted.texts)
         print(f"{rival.name}: {int(said.flagged.sum())} of {len(test.texts)} prompts are flagged")

@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from madjax import report
 from madjax.attacks import ATTACKS
 from madjax.attacks.adversarial import pgd
@@ -56,11 +56,11 @@ def _parse(text: str) -> tuple[list[str], list[int]]:
 common.define_training_flags()
 common.define_texts("backdoors", _DEFAULT, _parse, "Backdoors of one model, comma-separated.")
 common.define_seeds()
-common.define_detectors(with_ours=True)
+detection.define_detectors(with_ours=True)
 flags.DEFINE_float("epsilon", 64.0, "Of the adversarial examples, ∞-norm, in levels of 0..255.")
 flags.DEFINE_float("step_size_attack", 8.0, "Of one of their 40 steps, in levels of 0..255.")
 flags.DEFINE_string("workdir", "runs/mechanisms", "Folder for results.")
-common.define_detection_flags()
+detection.define_flags()
 # small draws and margins tell mechanisms apart better (docs/results-beyond.md)
 flags.FLAGS.set_default("retained", 0.6)
 flags.FLAGS.set_default("traces", "margins")
@@ -71,7 +71,7 @@ def main() -> None:
     values = flags.FLAGS
     names = [
         *common.TRAINING_FLAGS, "backdoors", "seed", "detector", "epsilon", "step_size_attack",
-        *common.detection_flag_names(),
+        *detection.flag_names(),
     ]  # fmt: skip
     workdir, config = common.open_workdir(values.workdir, names)
     done = common.finished(workdir)
@@ -121,8 +121,8 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> li
     images, truth = np.concatenate(images), np.concatenate(truth).astype(str)
 
     begun = time.perf_counter()
-    settings = common.settings_from_flags("default")
-    detector = common.fit_detector(
+    settings = detection.settings_from_flags("default")
+    detector = detection.fit(
         settings, seed, case.loss_fn, case.params, {"image": pool.images[trusted]}, None, {"image": images},
         folder / "losses",
     )  # fmt: skip
@@ -136,7 +136,7 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> li
     _show(folder, f"{backdoors}, seed {seed}", images[chosen], chosen, kinds, found)
     anomalous = kinds != "benign"
     known = {"accuracy": float(right[parts[1]].mean()), "asr": float(np.mean(asrs))}
-    row = common.result_row(
+    row = detection.result_row(
         backdoors, seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
         sweep_seconds=sweep_seconds, **known,
     )  # fmt: skip
@@ -158,8 +158,8 @@ def _run_cell(backdoors: str, seed: int, model_folder: Path, folder: Path) -> li
         ],
         "cell_seconds": time.perf_counter() - start,
     }
-    rivals = common.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]})
-    judged = [common.rival_row(backdoors, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals]
+    rivals = detection.fit_rivals(case.loss_fn, case.params, {"image": pool.images[trusted]})
+    judged = [detection.rival_row(backdoors, seed, rival, {"image": images}, is_anomalous, **known) for rival in rivals]
     return [row, *(row for row, _ in judged)]
 
 

@@ -34,7 +34,7 @@ from absl import flags
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from experiments import cases, common
+from experiments import cases, common, detection
 from experiments.cases import Case
 from madjax import Scores, calibration, report
 from madjax.baselines import BASELINES
@@ -65,7 +65,7 @@ def _part(text: str) -> tuple[str, float]:
         weight = float(given or 1)
     except ValueError:
         weight = math.nan
-    known = (common.FUNCTIONAL, *BASELINES)
+    known = (detection.FUNCTIONAL, *BASELINES)
     if name not in known or not 0 < weight < math.inf:
         raise ValueError(f"wanted part or part:weight of {', '.join(known)}, got {text!r}")
     return name, weight
@@ -79,14 +79,14 @@ flags.DEFINE_list("far", None, "OOD sets that are far; patches for digits, mnist
 flags.DEFINE_bool("jpeg", True, "Add the JPEG control.")
 flags.DEFINE_bool("resize", False, "Bring OOD images of another size, or with other channels, to the model's.")
 flags.DEFINE_integer("num_ood", 500, "Images of each OOD set at most.", lower_bound=1)
-common.define_detectors(with_ours=True)
-flags.FLAGS.set_default("detector", [common.FUNCTIONAL, "msp", "energy", "knn", "vim", "mahalanobis"])
+detection.define_detectors(with_ours=True)
+flags.FLAGS.set_default("detector", [detection.FUNCTIONAL, "msp", "energy", "knn", "vim", "mahalanobis"])
 common.define_texts(
     "parts", None, _part, "What is combined, a detector or detector:weight each; functional:0.25,energy,knn if not "
     "given, and functional,energy,knn for digits.",
 )  # fmt: skip
 flags.DEFINE_string("workdir", "runs/ood", "Folder for results.")
-common.define_detection_flags()
+detection.define_flags()
 # what is no backdoor shows in how sure the model is as well: small perturbations keep that, and these traces show it
 flags.FLAGS.set_default("retained", 0.95)
 flags.FLAGS.set_default("traces", "margins")
@@ -103,7 +103,7 @@ def main() -> None:
         raise ValueError(f"near, far: wanted the OOD sets for {values.dataset}, got none")
     weights = _weights(values.parts, values.dataset)
     groups = dict.fromkeys(near, "near") | dict.fromkeys(far, "far") | ({"jpeg": "control"} if values.jpeg else {})
-    names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *common.detection_flag_names()]
+    names = [*common.TRAINING_FLAGS, *_OWN_FLAGS, *detection.flag_names()]
     workdir, config = common.open_workdir(values.workdir, names)
     rows = [row for seed in values.seed for row in _run(int(seed), groups, weights, workdir)]
     report.write_json(workdir / "results.json", {"config": config, "device": common.device(), "rows": rows})
@@ -128,23 +128,23 @@ def _run(seed: int, groups: dict[str, str], weights: dict[str, float], workdir: 
     trusted, benign = ({"image": pool.images[part]} for part in parts)
     sets = {name: _ood(name, others, benign["image"], seed) for name in groups}
 
-    settings = common.settings_from_flags("default")
+    settings = detection.settings_from_flags("default")
     start = time.perf_counter()
-    detector = common.fit_detector(settings, seed, case.loss_fn, case.params, trusted, None, None, folder / "trusted")
+    detector = detection.fit(settings, seed, case.loss_fn, case.params, trusted, None, None, folder / "trusted")
     ours: dict[str, Scores] = {}
     asked = {"benign": benign["image"]} | sets
     for name, images in asked.items():
         swept = detector.sweep({"image": images}, workdir=folder / Path(name).name, progress=True)
         ours[name] = detector.score_losses(*swept)
-    scored = {common.FUNCTIONAL: ours}
-    trusted_scores = {common.FUNCTIONAL: -detector.scorer.trusted_couplings}
+    scored = {detection.FUNCTIONAL: ours}
+    trusted_scores = {detection.FUNCTIONAL: -detector.scorer.trusted_couplings}
     num_draws, num_trusted, num_asked = len(detector.scorer.trusted), len(parts[0]), sum(map(len, asked.values()))
-    forwards = common.sample_forwards(detector, num_asked) / (num_trusted + num_asked)
-    costs = {common.FUNCTIONAL: _Cost(time.perf_counter() - start, forwards)}
+    forwards = detection.sample_forwards(detector, num_asked) / (num_trusted + num_asked)
+    costs = {detection.FUNCTIONAL: _Cost(time.perf_counter() - start, forwards)}
     rivals = dict.fromkeys([*values.detector, *weights])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fewer trusted examples than the published settings are made for
-        for rival in common.fit_rivals(case.loss_fn, case.params, trusted, rivals, fpr=values.fpr):
+        for rival in detection.fit_rivals(case.loss_fn, case.params, trusted, rivals, fpr=values.fpr):
             start = time.perf_counter()
             trusted_scores[rival.name] = rival.baseline.trusted_scores
             scored[rival.name] = {name: rival.baseline.score({"image": images}) for name, images in asked.items()}

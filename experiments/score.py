@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments import common, detection
 from madjax import Detector, batch, from_nnx, hosts, report
 from madjax.coupling import TOP_K
 from madjax.data import parse_normalization
@@ -55,9 +55,9 @@ flags.DEFINE_string("sampling", None, "npz of examples with true labels, for cha
 flags.DEFINE_string("test", None, "npz of examples to score.")
 flags.DEFINE_integer("seed", 0, "Seed of the draws.", lower_bound=0)
 flags.DEFINE_string("workdir", "runs/score", "Folder for results.")
-common.define_presets(["default", "tangent", "knn"], ["default", "tangent", "knn", "batch"])
-common.define_detectors()
-common.define_detection_flags()
+detection.define_presets(["default", "tangent", "knn"], ["default", "tangent", "knn", "batch"])
+detection.define_detectors()
+detection.define_flags()
 
 # how often a trigger works cannot be told from those that do
 _UNKNOWN = {"accuracy": math.nan, "asr": math.nan}
@@ -88,12 +88,12 @@ def main() -> None:
         raise ValueError(f"test: wanted {TOP_K + 1} images at least to score as a batch, got {len(test['image'])}")
     sampling = _sampling()
     loss_fn, params = _model(trusted["image"].shape[1:])
-    names = [*_OWN_FLAGS, *common.detection_flag_names()]
+    names = [*_OWN_FLAGS, *detection.flag_names()]
     digest = hashlib.sha256(np.ascontiguousarray(trusted["image"]).data).hexdigest()
     workdir, config = common.open_workdir(values.workdir, names, {"trusted_sha256": digest})
     is_anomalous = test.get("is_anomalous", np.zeros(len(test["image"]), bool))
     rows, judged = [], []
-    if common.FUNCTIONAL in values.detector:
+    if detection.FUNCTIONAL in values.detector:
         rows, judged = _ours(workdir, loss_fn, params, trusted["image"], sampling, test["image"], is_anomalous)
         for row in rows:
             row["acc"] = _accuracy(judged[0].scores, test)
@@ -101,8 +101,8 @@ def main() -> None:
         return
     known = {row["detector"] for row in rows}
     names = [name for name in values.detector if name not in known]
-    for rival in common.fit_rivals(loss_fn, params, {"image": trusted["image"]}, names):
-        row, scores = common.rival_row(
+    for rival in detection.fit_rivals(loss_fn, params, {"image": trusted["image"]}, names):
+        row, scores = detection.rival_row(
             "unknown", values.seed, rival, {"image": test["image"]}, is_anomalous, **_UNKNOWN
         )
         row["acc"] = _accuracy(scores, test)
@@ -114,7 +114,7 @@ def main() -> None:
         path = workdir / ("scores.csv" if first else f"scores-{name}.csv")
         report.write_scores(path, ids[0], scores, test.get("is_anomalous"), ids[1])
         if first:
-            title = name if name != common.FUNCTIONAL else row["coupling"]
+            title = name if name != detection.FUNCTIONAL else row["coupling"]
             report.plot_histogram(workdir / "histogram.png", scores, is_anomalous, -threshold, title)
             report.plot_flagged(workdir / "flagged.png", test["image"], scores, is_anomalous, "least explained")
         print(f"{name}: {scores.flagged.sum()} of {len(scores.flagged)} flagged at {values.fpr:.1%}")
@@ -138,28 +138,28 @@ def _ours(
     # one host reads all of them for this, and the others only those that they sweep
     digest = hosts.first(hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()[:12] if hosts.is_first() else "")
     ours, swept = {}, []
-    for settings in map(common.settings_from_flags, common.with_draws(values.preset)):
+    for settings in map(detection.settings_from_flags, detection.with_draws(values.preset)):
         start, suffix = time.perf_counter(), "" if settings.preset == "default" else f"-{settings.preset}"
         detector = _detector(workdir, suffix, settings, loss_fn, params, {"image": trusted}, sampling)
         swept.append(detector.sweep({"image": images}, workdir=workdir / f"test-{digest}{suffix}", progress=True))
         seconds, scores = time.perf_counter() - start, detector.score_losses(*swept[-1])
-        row = common.result_row(
+        row = detection.result_row(
             "unknown", values.seed, settings, detector.scorer.coupling, detector, scores, is_anomalous,
             **_UNKNOWN, sweep_seconds=seconds,
         )  # fmt: skip
-        ours[settings.preset] = common.Judged(detector, scores, row)
+        ours[settings.preset] = detection.Judged(detector, scores, row)
     first = next(iter(ours.values()))
     features = {}
     if hosts.is_first():  # no other host has to look at all images
         given = {"image": trusted}, {"image": images}
-        features = common.judge_features("unknown", values.seed, loss_fn, params, *given, is_anomalous, **_UNKNOWN)
+        features = detection.judge_features("unknown", values.seed, loss_fn, params, *given, is_anomalous, **_UNKNOWN)
     rows = [each.row for each in (*ours.values(), *features.values())]
-    shown = common.together(ours | features, is_anomalous)
+    shown = detection.together(ours | features, is_anomalous)
     if shown:
         rows.insert(0, shown.row)
     else:
         shown = first
-    judged = [_Judged(common.FUNCTIONAL, shown.row, shown.scores, shown.detector.threshold())]
+    judged = [_Judged(detection.FUNCTIONAL, shown.row, shown.scores, shown.detector.threshold())]
     judged += [
         _Judged(name, each.row, each.scores, each.detector.threshold())
         for name, each in features.items()
@@ -168,7 +168,7 @@ def _ours(
     if "batch" in values.preset:
         known = shown.detector.trusted_couplings
         scores = batch.as_batch(first.detector.scorer, swept[0][0], shown.scores, known, fpr=values.fpr)
-        rows.append(common.derived_row([shown.row], scores, is_anomalous, "+batch"))
+        rows.append(detection.derived_row([shown.row], scores, is_anomalous, "+batch"))
         judged.append(_Judged("batch", rows[-1], scores, math.nan))
     return rows, judged
 
@@ -208,7 +208,7 @@ def _own_model(name: str, checkpoint: str) -> tuple[Any, Any]:
 def _sampling() -> dict[str, np.ndarray] | None:
     values = flags.FLAGS
     if not values.sampling:
-        if values.sampler in common.CHAINS:
+        if values.sampler in detection.CHAINS:
             raise ValueError(f"sampling: {values.sampler} needs examples with true labels to train on, got none")
         return None
     sampling = _read("sampling", values.sampling)
@@ -220,7 +220,7 @@ def _sampling() -> dict[str, np.ndarray] | None:
 def _detector(
     workdir: Path,
     suffix: str,
-    settings: common.Settings,
+    settings: detection.Settings,
     loss_fn: Any,
     params: Any,
     trusted: dict[str, np.ndarray],
@@ -230,7 +230,7 @@ def _detector(
     if folder.exists():
         return Detector.load(folder, loss_fn, params)
     fit = workdir / f"fit{suffix}"
-    detector = common.fit_detector(settings, flags.FLAGS.seed, loss_fn, params, trusted, sampling, None, fit)
+    detector = detection.fit(settings, flags.FLAGS.seed, loss_fn, params, trusted, sampling, None, fit)
     if hosts.is_first():
         detector.save(folder)
     hosts.barrier("saved")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from experiments import common
+from experiments import detection
 from experiments.cost_model import H100, PREACT_RESNET18, V5E, cost
 
 
@@ -165,8 +165,8 @@ def test_cost_model(here):
 
 @pytest.mark.parametrize("preset", [[], pytest.param(["--preset=paper"], marks=pytest.mark.slow)])
 def test_bench_cell(here, monkeypatch, preset):
-    monkeypatch.setitem(common.PAPER, "num_draws", 40)
-    monkeypatch.setitem(common.PAPER, "num_burnin_steps", 1)
+    monkeypatch.setitem(detection.PAPER, "num_draws", 40)
+    monkeypatch.setitem(detection.PAPER, "num_burnin_steps", 1)
     small = ["--model=badnets_cnn", "--dtype=float32", "--num_examples=60", "--num_draws=4", "--layout=host"]
     row = json.loads(here("bench_cell", *small, "--retained=0.5", *preset).splitlines()[-1])
     assert (row["num_draws"], row["num_trusted"]) == (40 if preset else 4, 20)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import app, flags, logging
 
-from experiments import common
+from experiments import common, detection
 from experiments.cases import Recipe
 from madjax import Detector, Langevin, checkpoint, from_nnx, report
 from madjax.data import Normalize, parse_normalization
@@ -258,7 +258,9 @@ def test_train_backdoor(trained, here):
 def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
     presets = ["--preset=default,tangent,knn,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     presets += ["--num_anomalous=2", "--num_anomalous=999"]
-    monkeypatch.setattr(common, "PAPER", {**common.PAPER, "num_draws": 8, "num_burnin_steps": 2})  # or it takes an hour
+    monkeypatch.setattr(
+        common, "PAPER", {**detection.PAPER, "num_draws": 8, "num_burnin_steps": 2}
+    )  # or it takes an hour
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -421,12 +423,12 @@ def test_score_does_without_features_that_cannot_be_read(driver, own_model, tmp_
     for make, some in ((load, ["knn"]), (load_code, [])):
         model = make(own_model / "model.safetensors")
         driver("score", *score_flags(own_model, tmp_path))
-        assert list(common.judge_features("x", 0, *model, trusted, test, **known)) == some
+        assert list(detection.judge_features("x", 0, *model, trusted, test, **known)) == some
         driver("score", *score_flags(own_model, tmp_path), "--preset=default,tangent")
-        assert not common.judge_features("x", 0, *model, trusted, test, **known)
+        assert not detection.judge_features("x", 0, *model, trusted, test, **known)
     driver("score", *score_flags(own_model, tmp_path), "--preset=default,knn")
     with pytest.raises(ValueError, match="loss_fn: wanted one of from_nnx, from_linen or from_decoder"):
-        common.judge_features("x", 0, *model, trusted, test, **known)
+        detection.judge_features("x", 0, *model, trusted, test, **known)
 
 
 def test_ones_own_loss_lies_in_the_folder_of_the_call(driver, own_model, tmp_path, monkeypatch):
