@@ -258,9 +258,8 @@ def test_train_backdoor(trained, here):
 def test_backdoor_reads_a_trained_model_and_other_presets_stand_beside(trained, here, tmp_path, monkeypatch):
     presets = ["--preset=default,tangent,knn,batch,paper", "--num_draws=8", "--layout=host", "--num_pool=60"]
     presets += ["--num_anomalous=2", "--num_anomalous=999"]
-    monkeypatch.setattr(
-        common, "PAPER", {**detection.PAPER, "num_draws": 8, "num_burnin_steps": 2}
-    )  # or it takes an hour
+    quick = {**detection.PAPER, "num_draws": 8, "num_burnin_steps": 2}  # or it takes an hour
+    monkeypatch.setattr(detection, "PAPER", quick)
     # which attack, the model tells itself
     here("backdoor", f"--checkpoint={trained[0]}/model", f"--workdir={tmp_path}", *presets)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

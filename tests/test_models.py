@@ -351,6 +351,18 @@ def test_a_sum_of_shifted_images_is_a_convolution(size, channels, window, paddin
         jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=20 * rtol), found, wanted)
 
 
+def test_second_derivatives_of_a_sum_of_shifted_images():
+    x, kernel, along = (jax.random.normal(key, shape) for key, shape in zip(
+        jax.random.split(jax.random.key(0), 3), [(2, 6, 6, 3), (3, 3, 3, 4), (3, 3, 3, 4)], strict=True
+    ))  # fmt: skip
+
+    def product(conv):
+        loss = jax.grad(lambda kernel: jnp.sum(jnp.sin(conv(x, kernel, (1, 1), "SAME", **NUMBERS))))
+        return jax.jvp(loss, (kernel,), (along,))[1]
+
+    np.testing.assert_allclose(product(convolve), product(jax.lax.conv_general_dilated), rtol=1e-4, atol=1e-3)
+
+
 def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
     def primitives(channels, strides):
         x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, 4))

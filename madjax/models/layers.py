@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -48,10 +47,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **sett
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return _sum_of_shifted(x, kernel, tuple(map(tuple, padding)))
+    return _with_gradient(x, kernel, tuple(map(tuple, padding)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum_of_shifted(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0))).astype(jnp.float32)
     height, width = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
@@ -74,7 +72,8 @@ def _backward(padding: tuple[tuple[int, int], ...], saved: Any, gradient: jax.Ar
     return jax.vjp(plain, *saved)[1](gradient)
 
 
-_sum_of_shifted.defvjp(_forward, _backward)
+_with_gradient = jax.custom_vjp(_sum_of_shifted, nondiff_argnums=(2,))
+_with_gradient.defvjp(_forward, _backward)
 
 
 def batch_norm(features: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.BatchNorm:

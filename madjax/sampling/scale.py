@@ -154,9 +154,10 @@ def choose_moving_scale(loss_fn: LossFn, draws: GaussianDraws, trusted: Batch, m
                 "parameters matter to them?"
             )
     else:
-        warnings.warn(
-            f"trusted: at the scale {scale:.3g}, chosen in {_MOVING_STEPS} steps, the log losses need not move by "
-            f"{moved}; at the one before they moved by {by:.3g}",
-            stacklevel=2,
-        )
+        if not 0.5 < by / moved < 2:
+            warnings.warn(
+                f"trusted: {_MOVING_STEPS} steps did not find a scale at which the log losses move by {moved}; at the "
+                f"last one they moved by {by:.3g}",
+                stacklevel=2,
+            )
     return scale, pilot.num_passes * num_examples(examples)
