@@ -39,8 +39,9 @@ def conv(
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
     """What `nnx.Conv` takes `conv_general_dilated` for, made quicker on a CPU where an image has few channels.
 
-    XLA's CPU code for the first layer of a network takes up to ten times as long as a sum of shifted images does
-    (`docs/performance.md`); for its gradient it is the quicker one.
+    XLA's CPU code for the first layer of a network takes three to six times as long as a sum of shifted images does
+    (`docs/performance.md`); for its gradient it is the quicker one. Forward-mode derivatives of that sum are not to be
+    had, those of its gradient are.
     """
     few = set(strides) == {1} and math.prod(kernel.shape[:-1]) <= _FEW_PRODUCTS
     if not few or jax.default_backend() != "cpu":
