@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from experiments import cases, common, detection
 from experiments.cases import Case, TestSet
-from experiments.detection import Judged
 from madjax import Detector, Scores, batch, hosts, report
 from madjax.attacks import ATTACKS
 from madjax.coupling import TOP_K
@@ -180,7 +179,8 @@ def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list
     )  # fmt: skip
     rows += [each.row for each in features.values()]
     first = {
-        each.preset: Judged(each.detector, next(iter(each.named_scores.values())), each.rows[0]) for each in fitted
+        each.preset: detection.Judged(each.detector, next(iter(each.named_scores.values())), each.rows[0])
+        for each in fitted
     }
     judged = detection.together(first | features, test.is_anomalous)
     if judged:
@@ -203,7 +203,7 @@ def _ours(name: str, seed: int, case: Case, test: TestSet, folder: Path) -> list
     return rows
 
 
-def _as_batch(drawn: Detector, judged: Judged, is_anomalous: np.ndarray, seed: int) -> dict[str, Any]:
+def _as_batch(drawn: Detector, judged: detection.Judged, is_anomalous: np.ndarray, seed: int) -> dict[str, Any]:
     """The row of a batch scored as a whole, with figures of batches that hold few triggered images."""
     assert drawn.test is not None
     losses, trusted_couplings = drawn.test[0], judged.detector.trusted_couplings

@@ -310,7 +310,7 @@ def _fit(
         weights = load_weights(path / "model" / "arrays" if is_kept(path) else path)
         model = from_torch(recipe.model, weights, shape, num_classes=num_classes, dtype=jnp.dtype(recipe.dtype))
     rng_key, anew_seed = jax.random.key(rng.integers(2**31)), int(rng.integers(2**31))
-    # attacks with decoys are of attackers who train themselves, and choose images and decoys anew for every batch
+    # who makes decoys poisons anew; see `Attack.decoy`
     again = [backdoor for backdoor in backdoors if backdoor.attack.decoy is not None]
 
     def anew(epoch: int) -> tuple[np.ndarray, np.ndarray]:

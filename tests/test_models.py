@@ -364,13 +364,15 @@ def test_second_derivatives_of_a_sum_of_shifted_images():
 
 
 def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
-    def primitives(channels, strides):
+    def primitives(channels, strides, **settings):
         x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, 4))
-        jaxpr = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, strides, "SAME", **NUMBERS))(x, kernel)
+        jaxpr = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, strides, "SAME", **NUMBERS, **settings))(x, kernel)
         return {equation.primitive.name for equation in jaxpr.eqns}
 
     assert primitives(3, (1, 1)) == {"custom_vjp_call"}
     assert primitives(4, (1, 1)) == primitives(3, (2, 2)) == {"conv_general_dilated"}
+    assert primitives(3, (1, 1), lhs_dilation=(1, 1), rhs_dilation=(1, 1)) == {"custom_vjp_call"}
+    assert primitives(3, (1, 1), rhs_dilation=(2, 2)) == {"conv_general_dilated"}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert primitives(3, (1, 1)) == {"conv_general_dilated"}
 

@@ -43,8 +43,9 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **sett
     (`docs/performance.md`); for its gradient it is the quicker one. Forward-mode derivatives of that sum are not to be
     had, those of its gradient are.
     """
-    few = set(strides) == {1} and math.prod(kernel.shape[:-1]) <= _FEW_PRODUCTS
-    if not few or jax.default_backend() != "cpu":
+    steps = {*strides, *(settings.get("lhs_dilation") or ()), *(settings.get("rhs_dilation") or ())}
+    whole = steps == {1} and settings.get("feature_group_count", 1) == 1
+    if not whole or math.prod(kernel.shape[:-1]) > _FEW_PRODUCTS or jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
