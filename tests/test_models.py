@@ -351,16 +351,33 @@ def test_a_sum_of_shifted_images_is_a_convolution(size, channels, window, paddin
         jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=20 * rtol), found, wanted)
 
 
-def test_second_derivatives_of_a_sum_of_shifted_images():
-    x, kernel, along = (jax.random.normal(key, shape) for key, shape in zip(
-        jax.random.split(jax.random.key(0), 3), [(2, 6, 6, 3), (3, 3, 3, 4), (3, 3, 3, 4)], strict=True
-    ))  # fmt: skip
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("argument", ["image", "kernel", "both"])
+def test_forward_and_second_derivatives_of_a_sum_of_shifted_images(order, argument):
+    keys, shapes = jax.random.split(jax.random.key(0), 4), [(2, 6, 6, 3), (3, 3, 3, 4)] * 2
+    x, kernel, along_x, along_kernel = map(jax.random.normal, keys, shapes)
+    at = {"image": (x,), "kernel": (kernel,), "both": (x, kernel)}[argument]
+    along = {"image": (along_x,), "kernel": (along_kernel,), "both": (along_x, along_kernel)}[argument]
 
     def product(conv):
-        loss = jax.grad(lambda kernel: jnp.sum(jnp.sin(conv(x, kernel, (1, 1), "SAME", **NUMBERS))))
-        return jax.jvp(loss, (kernel,), (along,))[1]
+        def loss(*at):
+            pair = {"image": (*at, kernel), "kernel": (x, *at), "both": at}[argument]
+            return jnp.sum(jnp.sin(conv(*pair, (1, 1), "SAME", **NUMBERS)))
+
+        return jax.jvp(loss if order == 1 else jax.grad(loss), at, along)[1]
 
     np.testing.assert_allclose(product(convolve), product(jax.lax.conv_general_dilated), rtol=1e-4, atol=1e-3)
+
+
+def test_images_that_nobody_derives_by_cost_a_sum_of_shifted_images_nothing():
+    x, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
+
+    def convolutions(loss, *at):
+        found = jax.make_jaxpr(jax.grad(loss))(*at).jaxpr
+        return sum(equation.primitive.name == "conv_general_dilated" for equation in found.eqns)
+
+    assert convolutions(lambda kernel: jnp.sum(convolve(x, kernel, (1, 1), "SAME", **NUMBERS)), kernel) == 1
+    assert convolutions(lambda x: jnp.sum(convolve(x, kernel, (1, 1), "SAME", **NUMBERS)), x) == 1
 
 
 def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
@@ -369,9 +386,9 @@ def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
         jaxpr = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, strides, "SAME", **NUMBERS, **settings))(x, kernel)
         return {equation.primitive.name for equation in jaxpr.eqns}
 
-    assert primitives(3, (1, 1)) == {"custom_vjp_call"}
+    assert primitives(3, (1, 1)) == {"custom_jvp_call"}
     assert primitives(4, (1, 1)) == primitives(3, (2, 2)) == {"conv_general_dilated"}
-    assert primitives(3, (1, 1), lhs_dilation=(1, 1), rhs_dilation=(1, 1)) == {"custom_vjp_call"}
+    assert primitives(3, (1, 1), lhs_dilation=(1, 1), rhs_dilation=(1, 1)) == {"custom_jvp_call"}
     assert primitives(3, (1, 1), rhs_dilation=(2, 2)) == {"conv_general_dilated"}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert primitives(3, (1, 1)) == {"conv_general_dilated"}

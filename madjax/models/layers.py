@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 # one object, so that two models of one architecture compare equal; He et al. 2015, arXiv 1502.01852
@@ -40,8 +42,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **sett
     """What `nnx.Conv` takes `conv_general_dilated` for, made quicker on a CPU where an image has few channels.
 
     XLA's CPU code for the first layer of a network takes three to six times as long as a sum of shifted images does
-    (`docs/performance.md`); for its gradient it is the quicker one. Forward-mode derivatives of that sum are not to be
-    had, those of its gradient are.
+    (`docs/performance.md`); for its gradient it is the quicker one.
     """
     steps = {*strides, *(settings.get("lhs_dilation") or ()), *(settings.get("rhs_dilation") or ())}
     whole = steps == {1} and settings.get("feature_group_count", 1) == 1
@@ -49,9 +50,10 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **sett
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return _with_gradient(x, kernel, tuple(map(tuple, padding)))
+    return _sum_of_shifted(x, kernel, tuple(map(tuple, padding)))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _sum_of_shifted(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0))).astype(jnp.float32)
     height, width = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
@@ -62,20 +64,18 @@ def _sum_of_shifted(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, i
     return total.astype(x.dtype)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> tuple[jax.Array, Any]:
-    return _sum_of_shifted(x, kernel, padding), (x, kernel)
-
-
-def _backward(padding: tuple[tuple[int, int], ...], saved: Any, gradient: jax.Array) -> Any:
+@partial(_sum_of_shifted.defjvp, symbolic_zeros=True)
+def _derivative(padding: tuple[tuple[int, int], ...], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers)
 
-    return jax.vjp(plain, *saved)[1](gradient)
-
-
-_with_gradient = jax.custom_vjp(_sum_of_shifted, nondiff_argnums=(2,))
-_with_gradient.defvjp(_forward, _backward)
+    (x, kernel), (along_x, along_kernel) = primals, tangents
+    result = _sum_of_shifted(x, kernel, padding)
+    # images are seldom derived by, and a convolution of zeros takes as long as another one
+    parts = [] if type(along_x) is SymbolicZero else [plain(along_x, kernel)]
+    parts += [] if type(along_kernel) is SymbolicZero else [plain(x, along_kernel)]
+    return result, sum(parts, jnp.zeros_like(result))
 
 
 def batch_norm(features: int, *, dtype: DTypeLike | None, rngs: nnx.Rngs) -> nnx.BatchNorm:
