@@ -41,7 +41,7 @@ def conv(
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
     """What `nnx.Conv` takes `conv_general_dilated` for, made quicker on a CPU where an image has few channels.
 
-    XLA's CPU code for the first layer of a network takes three to six times as long as a sum of shifted images does
+    XLA's CPU code for the first layer of a network takes three to seven times as long as a sum of shifted images does
     (`docs/performance.md`); for its gradient it is the quicker one.
     """
     steps = {*strides, *(settings.get("lhs_dilation") or ()), *(settings.get("rhs_dilation") or ())}
@@ -57,11 +57,14 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **sett
 def _sum_of_shifted(x: jax.Array, kernel: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0))).astype(jnp.float32)
     height, width = (size - window + 1 for size, window in zip(padded.shape[1:3], kernel.shape[:2], strict=True))
-    total = jnp.zeros((), jnp.float32)
-    for row, column, channel in np.ndindex(*kernel.shape[:-1]):
-        window = padded[:, row : row + height, column : column + width, channel, None]
-        total = total + window * kernel[None, None, None, row, column, channel].astype(jnp.float32)
-    return total.astype(x.dtype)
+    rows = []
+    for row in range(kernel.shape[0]):
+        total = jnp.zeros((), jnp.float32)
+        for column, channel in np.ndindex(*kernel.shape[1:3]):
+            window = padded[:, row : row + height, column : column + width, channel, None]
+            total = total + window * kernel[None, None, None, row, column, channel].astype(jnp.float32)
+        rows.append(total)  # sums of their own, which need not wait for each other
+    return sum(rows, jnp.zeros((), jnp.float32)).astype(x.dtype)
 
 
 @partial(_sum_of_shifted.defjvp, symbolic_zeros=True)
