@@ -5,7 +5,7 @@ r"""Adversarial inputs: how robust a model is, whether its detector sees what fo
         --model=resnet56 --normalization=imagenet --num_pool=1000 --num_attacked=100
 
 Attacks clean test images that the model gets right: FGSM, PGD in both norms, PGD on Carlini and Wagner's margin,
-auto-PGD with restarts, and the adaptive PGD of `madjax.attacks.adversarial`, which knows the detector and its draws,
+auto-PGD with restarts, and the adaptive PGD of `madjax.attacks.evasion`, which knows the detector and its draws,
 once for every `--weight`. Epsilons and steps are in levels of 0..255, 8 being the literature's 8/255; digits have 17
 levels of grey and 64 pixels, and there the default is 32. Images are rounded to uint8 before the model or the detector
 sees them. Adversarial are those that fool the model after that; `robust` is the share of all test images that are
@@ -29,7 +29,8 @@ from absl import flags
 
 from experiments import cases, common, detection
 from madjax import Detector, report
-from madjax.attacks.adversarial import Attacked, adaptive_pgd, auto_pgd, check_epsilon, fgsm, pgd
+from madjax.attacks.adversarial import Attacked, auto_pgd, check_epsilon, fgsm, pgd
+from madjax.attacks.evasion import adaptive_pgd
 from madjax.data import split_by_class
 
 _ATTACKS = ("fgsm", "pgd", "pgd_2", "margin", "auto_pgd", "adaptive")

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from madjax import Detector, Gaussian, from_nnx
-from madjax.attacks.adversarial import _couple, _Coupling, adaptive_pgd, auto_pgd, fgsm, pgd
+from madjax.attacks.adversarial import auto_pgd, fgsm, pgd
+from madjax.attacks.evasion import _couple, _Coupling, adaptive_pgd
 from madjax.coupling import COUPLINGS, couplings
 from madjax.sampling import TangentDraws
 from tests.conftest import to_unit
