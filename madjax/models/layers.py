@@ -41,7 +41,7 @@ def conv(
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **settings: Any) -> jax.Array:
     """What `nnx.Conv` takes `conv_general_dilated` for, made quicker on a CPU where an image has few channels.
 
-    XLA's CPU code for the first layer of a network takes three to seven times as long as a sum of shifted images does
+    XLA's CPU code for the first layer of a network takes three to six times as long as a sum of shifted images does
     (`docs/performance.md`); for its gradient it is the quicker one.
     """
     steps = {*strides, *(settings.get("lhs_dilation") or ()), *(settings.get("rhs_dilation") or ())}
