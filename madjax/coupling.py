@@ -22,6 +22,8 @@ one number. Moments are population moments over draws, computed in float64. What
 - `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
   nats, which fade as the peers' heights lie farther away. Where draws move one part of the model at a time, what they
   tell of each part is added up.
+- `peer_sum`: `peer_information` and `peer_ccc`, each in standard deviations of the trusted ones, added up: an output of
+  a kind that is well explained may be too sure, and one as sure as others may move where they do not.
 - `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
   classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
@@ -38,11 +40,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from madjax import information, profile
+from madjax.standardize import in_deviations
 from madjax.traces import folds
 from madjax.types import LossMatrix
 
 Pair = Literal["correlation", "ccc", "covariance"]
-Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint", "profile"]
+Reduction = Literal["mean", "class", "cluster", "topk", "topk_class", "peer", "peer_joint", "peer_sum", "profile"]
 
 DEFAULT = "standardized_ccc"
 TOP_K = 10
@@ -56,6 +59,7 @@ _BLOCK_ENTRIES = 4_000_000
 _FOLDS = 32
 # peers are sought among so many of the trusted examples, or all
 _SAMPLE = 512
+_SUMMED = ("peer_information", "peer_ccc")
 
 
 class Coupling(NamedTuple):
@@ -78,6 +82,7 @@ COUPLINGS = {
     "cluster_ccc": Coupling("ccc", "cluster"),
     "peer_ccc": Coupling("ccc", "peer"),
     "peer_information": Coupling("correlation", "peer_joint"),
+    "peer_sum": Coupling("ccc", "peer_sum"),
     "class_profile": Coupling("correlation", "profile"),
     "covariance": Coupling("covariance", "mean"),
 }
@@ -105,12 +110,14 @@ def couplings(
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
       trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` and `topk_class_*` alone.
       classes: `[num_test]`, the same of the test examples; for `class_profile` alone.
-      num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information` and
-        `class_profile` alone.
+      num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information`,
+        `peer_sum` and `class_profile` alone.
     """
     _check(trusted, test, num_parts)
     if lookup(name).reduction == "profile":
         return _profile(trusted, test, trusted_classes, classes, num_parts)
+    if lookup(name).reduction == "peer_sum":
+        return _peer_sum(trusted, test, num_parts)
     return _reduce(lookup(name), trusted, test, trusted_classes, num_parts, leave_one_out=False)
 
 
@@ -123,6 +130,8 @@ def leave_one_out(
         raise ValueError(f"trusted: wanted at least 2 examples to leave one out, got {trusted.shape[1]}")
     if lookup(name).reduction == "profile":
         return _profile_left_out(trusted, trusted_classes, num_parts)
+    if lookup(name).reduction == "peer_sum":
+        return _peer_sum(trusted, None, num_parts)
     return _reduce(lookup(name), trusted, trusted, trusted_classes, num_parts, leave_one_out=True)
 
 
@@ -180,6 +189,16 @@ def _reduce(
         return result
     members = _members(trusted, classes)
     return (result + _group_means(pair, trusted, test, members, CLASS_PRIOR, leave_one_out=leave_one_out)) / 2
+
+
+def _peer_sum(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> np.ndarray:
+    """Of the test examples, or of each trusted one with the others, which counts among those it is standardized by."""
+    total = np.float64(0)
+    for name in _SUMMED:
+        left_out = leave_one_out(name, trusted, num_parts=num_parts)
+        values = left_out if test is None else couplings(name, trusted, test, num_parts=num_parts)
+        total = total + in_deviations(values, left_out)
+    return np.asarray(total)
 
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:

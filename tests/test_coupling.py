@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from madjax import coupling, information
+from madjax.metrics import auroc
 from madjax.scorer import Scorer
 from tests import oracles
 
-# the others are in test_profile.py
-ONE_BY_ONE = [name for name, kind in coupling.COUPLINGS.items() if kind.reduction != "profile"]
+# the others are further below and in test_profile.py
+ONE_BY_ONE = [name for name, kind in coupling.COUPLINGS.items() if kind.reduction not in ("profile", "peer_sum")]
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +204,39 @@ def test_what_is_far_surer_than_all_is_not_explained_by_shape():
     lost = inside.mean() - np.array([below.mean(), far.mean()])
     assert lost[0] < 0.25 * lost[1]
     assert far.max() < inside.min() - 1
+
+
+def test_the_sum_is_of_both_in_trusted_deviations(losses):
+    trusted, test, _ = (traces[:20] if index < 2 else traces for index, traces in enumerate(losses))
+    total, left_out = np.zeros(17), np.zeros(31)
+    for name in ("peer_information", "peer_ccc"):
+        own = coupling.leave_one_out(name, trusted, num_parts=4)
+        total += (coupling.couplings(name, trusted, test, num_parts=4) - own.mean()) / own.std()
+        left_out += (own - own.mean()) / own.std()
+    np.testing.assert_allclose(coupling.couplings("peer_sum", trusted, test, num_parts=4), total)
+    np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, num_parts=4), left_out)
+
+
+def test_the_sum_finds_what_one_of_both_misses():
+    """What moves in part where no trusted one does, and what moves as they do, four times as far."""
+    rng = np.random.default_rng(0)
+    shared, other = rng.normal(size=(2, 300, 20))
+
+    def traces(count, directions=shared):
+        mixed = directions @ rng.normal(size=(20, count))
+        return mixed - mixed.mean(0) + rng.normal(size=(300, count)) / 2 + rng.normal(size=count)
+
+    trusted, usual, elsewhere, farther = traces(80), traces(60), traces(60, shared + 0.6 * other), 4 * traces(60)
+    found = {
+        name: [
+            auroc(*(-coupling.couplings(name, trusted, each) for each in (usual, test)))
+            for test in (elsewhere, farther)
+        ]
+        for name in ("peer_information", "peer_ccc", "peer_sum")
+    }
+    assert found["peer_information"][1] < 0.85
+    assert found["peer_ccc"][0] < 0.85
+    assert min(found["peer_sum"]) > 0.95
 
 
 def test_no_draws_no_information(losses):

@@ -55,7 +55,7 @@ def adaptive_pgd(
     check_step(step_size, num_steps)
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: wanted 0 to 1, got {weight}")
-    if lookup(detector.scorer.coupling).reduction in ("peer_joint", "profile"):
+    if lookup(detector.scorer.coupling).reduction in ("peer_joint", "peer_sum", "profile"):
         raise ValueError(f"detector: the attack has no gradient of the coupling {detector.scorer.coupling!r}")
     if isinstance(detector.draws, TangentDraws):
         raise ValueError("detector: the attack passes images through drawn parameters, and a tangent has none")
