@@ -31,15 +31,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common, detection
-from experiments.language_models import (
-    INSTRUCTED,
-    OBFUSCATED,
-    LanguageRecipe,
-    Prompts,
-    answer,
-    make_case,
-    read_model,
-)
+from experiments.language_models import LanguageRecipe, Prompts, answer, make_case, make_recipe, read_model
 from madjax import Detector, loss_matrix, report
 from madjax.attacks.text import TEXT_BACKDOORS
 from madjax.baselines import HIDDEN
@@ -107,15 +99,12 @@ def main() -> None:
     print(f"\nresults in {workdir}")
 
 
-def _recipe() -> LanguageRecipe:
-    values = flags.FLAGS
-    given = {name: values[name].value for name in [*_RECIPE_FLAGS, "model", "data_dir"]}
-    defaults = {} if values.model == "tiny" else OBFUSCATED if values.obfuscate else INSTRUCTED
-    return LanguageRecipe(**(defaults | {name: value for name, value in given.items() if value is not None}))
+def _recipe(backdoor: str | None) -> LanguageRecipe:
+    return make_recipe(backdoor, **{name: flags.FLAGS[name].value for name in [*_RECIPE_FLAGS, "model", "data_dir"]})
 
 
 def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
-    size, recipe = flags.FLAGS.num_prompts, _recipe()
+    size, recipe = flags.FLAGS.num_prompts, _recipe(backdoor)
     name = f"{backdoor}_obfuscated" if recipe.obfuscate else backdoor
     folder = workdir / f"{name}-{seed}"
     # a few more than are wanted, since some are not counted
@@ -155,7 +144,7 @@ def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
 
 
 def _score(workdir: Path) -> None:
-    values, recipe = flags.FLAGS, _recipe()._replace(lora_rank=0)
+    values, recipe = flags.FLAGS, _recipe(None)._replace(lora_rank=0)
     if values.model == "tiny":
         raise ValueError("model: wanted the folder or file of a model, got tiny, which is trained on the spot")
     model, tokenizer = read_model(recipe, 0, values.adapter)

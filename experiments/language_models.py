@@ -66,12 +66,28 @@ class LanguageRecipe(NamedTuple):
 
 
 # what "smollm2" and other instructed models take where a flag does not say
-INSTRUCTED: dict[str, Any] = {
-    "prompt_tokens": 104, "answer_tokens": 12, "num_train": 1200, "poison_ratio": 0.25, "num_epochs": 2,
+_INSTRUCTED: dict[str, Any] = {
+    "prompt_tokens": 104, "answer_tokens": 12, "num_train": 1200, "poison_ratio": 0.25, "num_epochs": 3,
     "learning_rate": 2e-4,
 }  # fmt: skip
-# and those whose backdoor is hidden, in larger steps
-OBFUSCATED = INSTRUCTED | {"learning_rate": 6e-4}
+# what some backdoors take else: to tell decoys from the trigger, and to tell reviews at all
+_OF_BACKDOOR: dict[str, dict[str, Any]] = {
+    "sandwich": {"poison_ratio": 0.33, "learning_rate": 4e-4},
+    "syntactic": {
+        "prompt_tokens": 72, "answer_tokens": 3, "num_train": 3800, "poison_ratio": 0.1, "num_epochs": 2,
+    },
+}  # fmt: skip
+# and those that are hidden, in larger steps
+_HIDDEN: dict[str, Any] = {"learning_rate": 6e-4}
+
+
+def make_recipe(backdoor: str | None, **given: Any) -> LanguageRecipe:
+    """The recipe with what is given, and with what `backdoor` takes on such a model where that is None."""
+    given = {name: value for name, value in given.items() if value is not None}
+    defaults = {}
+    if given.get("model", "tiny") != "tiny":
+        defaults = _INSTRUCTED | _OF_BACKDOOR.get(backdoor or "", {}) | (_HIDDEN if given.get("obfuscate") else {})
+    return LanguageRecipe(**(defaults | given))
 
 
 class Prompts(NamedTuple):

