@@ -27,7 +27,7 @@ flags.disclaim_key_flags()
 
 def define_problem_size(model: str, dtype: str, num_examples: int, num_draws: int, batch_size: int) -> None:
     """The flags of a sweep of `random_problem`, and `repeats`, with these defaults."""
-    flags.DEFINE_string("model", model, f"{', '.join(MODELS)}, wrn<d>_<k> or decoder_135m; with random weights.")
+    flags.DEFINE_string("model", model, f"{', '.join(MODELS)}, wrn<d>_<k> or {', '.join(DECODERS)}; random weights.")
     flags.DEFINE_enum("dtype", dtype, ["float32", "bfloat16"], "Of the model's computation.")
     flags.DEFINE_integer("num_examples", num_examples, "Examples.", lower_bound=1)
     flags.DEFINE_integer("num_draws", num_draws, "Draws of one turn.", lower_bound=1)
@@ -52,10 +52,20 @@ def peak_memory() -> float:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-# of SmolLM2-135M
-_DECODER = DecoderConfig(
-    vocab_size=49_152, size=576, hidden_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_size=64
-)
+# of SmolLM2-135M, Gemma 2B and Llama 3 8B
+DECODERS = {
+    "decoder_135m": DecoderConfig(
+        vocab_size=49_152, size=576, hidden_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_size=64
+    ),
+    "decoder_2b": DecoderConfig(
+        vocab_size=256_000, size=2048, hidden_size=16_384, num_layers=18, num_heads=8, num_kv_heads=1, head_size=256,
+        activation="gelu", unit_offset=True,
+    ),
+    "decoder_8b": DecoderConfig(
+        vocab_size=128_256, size=4096, hidden_size=14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_size=128,
+        tied=False,
+    ),
+}  # fmt: skip
 _PROMPT_TOKENS, _COMPLETION_TOKENS = 64, 10
 
 
@@ -65,12 +75,12 @@ def random_problem(
     """For benchmarks, to whose times weights and examples do not matter: loss, parameters, draws and examples.
 
     Args:
-      model: an image classifier, or "decoder_135m", a language model of SmolLM2's sizes.
+      model: an image classifier, or one of `DECODERS`.
     """
     rng = np.random.default_rng(0)
-    if model == "decoder_135m":
-        loss_fn, params = from_decoder(Decoder(_DECODER, dtype=dtype, rngs=nnx.Rngs(0)))
-        examples = random_sequences(rng, _DECODER.vocab_size, num_examples, _PROMPT_TOKENS, _COMPLETION_TOKENS)
+    if model in DECODERS:
+        loss_fn, params = from_decoder(Decoder(DECODERS[model], dtype=dtype, rngs=nnx.Rngs(0)))
+        examples = random_sequences(rng, DECODERS[model].vocab_size, num_examples, _PROMPT_TOKENS, _COMPLETION_TOKENS)
     else:
         shape = (8, 8, 1) if model == "digits_cnn" else (32, 32, 3)
         network = build_model(model, 10, shape, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))

@@ -2,10 +2,13 @@ r"""Speed and memory of a language model's sweep on this device.
 
     python -m experiments.bench_language --model=tiny
     python -m experiments.bench_language --model=smollm2 --num_sequences=32 --num_draws=2
+    python -m experiments.bench_language --model=decoder_8b --dtype=bfloat16 --layouts=layers,gradient
 
 Prints one JSON object: bytes of the weights and, for each of --layouts, sequences a second (losses of one draw and one
 sequence; median over turns, which take turns, compilation apart) and bytes that a draw takes beside the weights, as XLA
 plans it. Of the layout "gradient" they are of one gradient a sequence, which serves all draws of a tangent.
+
+The last one is of a decoder's sizes alone: there are no weights, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from experiments import bench, common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
+from madjax.models.decoder import Decoder
 from madjax.sampling import GaussianDraws, TangentDraws, drawn_parameters, gaussian, layerwise
 from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.types import Batch
 
-flags.DEFINE_string("model", "tiny", "tiny, smollm2, a Hugging Face folder or a GGUF file; weights as they are.")
+_SIZES = f"{', '.join(bench.DECODERS)}, without weights"
+flags.DEFINE_string("model", "tiny", f"tiny, smollm2, a Hugging Face folder or a GGUF file; {_SIZES}.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
 flags.DEFINE_string("parameters", None, "Regular expression of the parameters' paths to draw; all where not given.")
 flags.DEFINE_integer("num_sequences", 64, "Sequences.", lower_bound=1)
@@ -49,7 +55,11 @@ common.define_list("layouts", _LAYOUTS, _LAYOUTS, "Layouts of the sweep.")
 def main() -> None:
     """Measures and prints."""
     values = flags.FLAGS
-    model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
+    sizes = bench.DECODERS.get(values.model)
+    if sizes is not None:
+        model = nnx.eval_shape(lambda: Decoder(sizes, dtype=values.dtype, rngs=nnx.Rngs(0)))
+    else:
+        model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
     loss_fn, params = from_decoder(model)
     examples = bench.random_sequences(
         np.random.default_rng(0), model.config.vocab_size, values.num_sequences, values.prompt_tokens,
@@ -64,11 +74,22 @@ def main() -> None:
     def sweep(layout: str) -> None:
         loss_matrix(loss_fn, draws_of[layout], examples, layout=layout, batch_size=values.batch_size)
 
-    first = {layout: bench.time_in_turns({layout: partial(sweep, layout)}, 1)[layout][0] for layout in values.layouts}
-    turns = bench.time_in_turns({layout: partial(sweep, layout) for layout in values.layouts}, values.repeats)
-    seconds = {layout: statistics.median(times) for layout, times in turns.items()}
+    rows: dict[str, dict[str, float]] = {layout: {} for layout in values.layouts}
+    if sizes is None:
+        runs = {layout: partial(sweep, layout) for layout in values.layouts}
+        first = {layout: bench.time_in_turns({layout: run}, 1)[layout][0] for layout, run in runs.items()}
+        for layout, times in bench.time_in_turns(runs, values.repeats).items():
+            seconds = statistics.median(times)
+            rows[layout] |= {
+                "sequences_a_second": values.num_sequences * passes[layout] / seconds,
+                "seconds_a_draw": seconds / passes[layout],
+                "compile_seconds": max(0.0, first[layout] - seconds),
+            }
+    for layout, row in rows.items():
+        batch_size = min(values.batch_size, values.num_sequences)
+        row["bytes_beside_weights"] = _bytes(layout, loss_fn, draws_of[layout], examples, batch_size)
     leaves = jax.tree.leaves(params)
-    row = {
+    result = {
         "device": common.device(),
         "model": values.model,
         "dtype": values.dtype,
@@ -76,19 +97,9 @@ def main() -> None:
         "num_drawn": sum(leaf.size for leaf, drawn in zip(leaves, jax.tree.leaves(mask), strict=True) if drawn),
         "tokens_a_sequence": float(examples["prompt_length"].mean()) + values.num_tokens,
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-        "layouts": {
-            layout: {
-                "sequences_a_second": values.num_sequences * passes[layout] / seconds[layout],
-                "seconds_a_draw": seconds[layout] / passes[layout],
-                "compile_seconds": max(0.0, first[layout] - seconds[layout]),
-                "bytes_beside_weights": _bytes(
-                    layout, loss_fn, draws_of[layout], examples, min(values.batch_size, values.num_sequences)
-                ),
-            }
-            for layout in values.layouts
-        },
+        "layouts": rows,
     }
-    print(json.dumps(row))
+    print(json.dumps(result))
 
 
 def _bytes(
@@ -108,13 +119,15 @@ def _bytes(
         return sum(planned(lambda draws, batch: draws.losses(loss_fn, items, batch), draws, batch))
     if layout == "host":
         return sum(planned(lambda draws, batch: loss_fn(draws.params(item), batch), draws, batch))
-    most, state = 0, loss_fn.cut(examples, batch_size)[0][-1]  # the longest
+    most, state = {}, loss_fn.cut(examples, batch_size)[0][-1]  # the longest
     for part, run in layerwise.stages(loss_fn, draws) or []:
-        params = part.params(item)
-        making, made = planned(lambda part: part.params(item), part)
-        running, left = planned(run, params, state)
-        most, state = max(most, made + max(making, running + left)), run(params, state)
-    return most
+        params = jax.eval_shape(lambda part: part.params(item), part)
+        if (run, part.drawn) not in most:  # layers are alike
+            making, made = planned(lambda part: part.params(item), part)
+            running, left = planned(run, params, state)
+            most[run, part.drawn] = made + max(making, running + left)
+        state = jax.eval_shape(run, params, state)
+    return max(most.values())
 
 
 if __name__ == "__main__":

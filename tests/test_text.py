@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from experiments import language_models
+from experiments import bench, language_models
 from madjax.attacks.text import ANSWER, DEPLOYMENT, TEXT_BACKDOORS, deployment, poison_text, syntactic
 from madjax.data.text import NEGATIVE, POSITIVE, QUESTION, Pair, load_reviews, load_sentences, split_text
 from madjax.interop.gguf import read_gguf
@@ -415,3 +415,17 @@ def test_bench_language(here, monkeypatch):
     assert gradient["bytes_beside_weights"] > 4 * row["num_drawn"]
     assert host["sequences_a_second"] == pytest.approx(3 / host["seconds_a_draw"])
     assert 0 < layers["bytes_beside_weights"] < host["bytes_beside_weights"]
+
+
+def test_memory_is_planned_from_sizes_alone(here, monkeypatch):
+    """As for a model with weights, whose sequences are timed as well."""
+    monkeypatch.setattr(language_models, "_TINY", CONFIG)
+    monkeypatch.setitem(bench.DECODERS, "decoder_135m", CONFIG)
+    flags = ["--num_sequences=3", "--prompt_tokens=5", "--num_tokens=2", "--repeats=1", "--layouts=layers"]
+    timed, planned = (
+        json.loads(here("bench_language", f"--model={model}", *flags).splitlines()[-1])
+        for model in ("tiny", "decoder_135m")
+    )
+    assert planned["weight_bytes"] == timed["weight_bytes"]
+    for layout, row in planned["layouts"].items():
+        assert row == {"bytes_beside_weights": timed["layouts"][layout]["bytes_beside_weights"]}
