@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,19 @@ from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
 from madjax.models.decoder import Decoder
-from madjax.sampling import GaussianDraws, TangentDraws, drawn_parameters, gaussian, layerwise
+from madjax.sampling import GaussianDraws, Tangent, TangentDraws, backward, drawn_parameters, gaussian, layerwise
 from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
-from madjax.types import Batch
+from madjax.types import Batch, Stage
 
 _SIZES = f"{', '.join(bench.DECODERS)}, without weights"
 flags.DEFINE_string("model", "tiny", f"tiny, smollm2, a Hugging Face folder or a GGUF file; {_SIZES}.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
-flags.DEFINE_string("parameters", None, "Regular expression of the parameters' paths to draw; all where not given.")
+flags.DEFINE_string(
+    "parameters",
+    None,
+    "Regular expression of the parameters' paths to draw; where not given all, of a gradient kernels.",
+)
 flags.DEFINE_integer("num_sequences", 64, "Sequences.", lower_bound=1)
 flags.DEFINE_integer("prompt_tokens", 64, "Tokens of the longest prompt.", lower_bound=1)
 flags.DEFINE_integer(
@@ -67,7 +72,8 @@ def main() -> None:
     )  # fmt: skip
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
-    tangent = TangentDraws(draws.rng_key, params, jnp.float32(MOVED), draws.drawn, NUM_DRAWS)
+    kernels = drawn_parameters(params, values.parameters or Tangent().parameters)
+    tangent = TangentDraws(draws.rng_key, params, jnp.float32(MOVED), tuple(jax.tree.leaves(kernels)), NUM_DRAWS)
     draws_of = {"host": draws, "layers": draws, "gradient": tangent}
     passes = {"host": values.num_draws, "layers": values.num_draws, "gradient": 1}
 
@@ -105,29 +111,62 @@ def main() -> None:
 def _bytes(
     layout: str, loss_fn: SequenceLoss, draws: GaussianDraws | TangentDraws, examples: Batch, batch_size: int
 ) -> int:
-    """What a draw of a batch takes beside weights and examples: of its largest stage, or of the whole program."""
+    """What a draw of a batch takes beside weights and examples: of its largest stage, or of the whole program.
+
+    Of a gradient, what a batch's takes.
+    """
+    if isinstance(draws, TangentDraws):
+        parts = backward.stages(loss_fn, draws)
+        if parts is not None:
+            return _bytes_layer_by_layer(loss_fn, parts, draws, examples, batch_size)
     item = jnp.asarray(draws.any_item())
-
-    def planned(function: Any, *args: Any) -> tuple[int, int]:
-        plan = jax.jit(function).lower(*args).compile().memory_analysis()
-        assert plan is not None
-        return plan.temp_size_in_bytes, plan.output_size_in_bytes
-
     batch = jax.tree.map(lambda leaf: leaf[:batch_size], examples)
     if isinstance(draws, TangentDraws):
         items = jnp.arange(draws.num_draws)
-        return sum(planned(lambda draws, batch: draws.losses(loss_fn, items, batch), draws, batch))
+        return sum(_planned(jax.jit(lambda draws, batch: draws.losses(loss_fn, items, batch)), draws, batch))
     if layout == "host":
-        return sum(planned(lambda draws, batch: loss_fn(draws.params(item), batch), draws, batch))
+        return sum(_planned(jax.jit(lambda draws, batch: loss_fn(draws.params(item), batch)), draws, batch))
     most, state = {}, loss_fn.cut(examples, batch_size)[0][-1]  # the longest
     for part, run in layerwise.stages(loss_fn, draws) or []:
-        params = jax.eval_shape(lambda part: part.params(item), part)
+        make = jax.jit(lambda part: part.params(item))
+        params = jax.eval_shape(make, part)
         if (run, part.drawn) not in most:  # layers are alike
-            making, made = planned(lambda part: part.params(item), part)
-            running, left = planned(run, params, state)
+            (making, made), (running, left) = _planned(make, part), _planned(jax.jit(run), params, state)
             most[run, part.drawn] = made + max(making, running + left)
         state = jax.eval_shape(run, params, state)
     return max(most.values())
+
+
+def _bytes_layer_by_layer(
+    loss_fn: SequenceLoss, parts: Sequence[Stage], draws: TangentDraws, examples: Batch, batch_size: int
+) -> int:
+    """Random words, what all layers are given, and the most that one of them takes, forward or back."""
+    leaves, words = jax.tree.leaves(draws.center), jax.eval_shape(draws.words)
+    words = dict(zip(np.flatnonzero(draws.drawn).tolist(), words, strict=True))
+    batch = loss_fn.cut(examples, min(batch_size, backward.most_at_a_time(parts, draws)))[0][-1]
+    state, kept, most = jax.tree.map(lambda leaf: leaf[:, None], batch), 0, {}
+    for part in parts:
+        params, numbers = jax.tree.map(leaves.__getitem__, part.numbers), jax.tree.leaves(part.numbers)
+        drawn = tuple(draws.drawn[number] for number in numbers)
+        after = jax.eval_shape(partial(backward.run_forward, part.run), params, state)
+        if part.run not in most:
+            cotangents = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            own_words = [words[number] for number in numbers if draws.drawn[number]]
+            back = (part.run, drawn, draws.draws_of_each, params, own_words, state, cotangents)
+            most[part.run] = max(
+                sum(_planned(backward.run_forward, part.run, params, state)),
+                sum(_planned(backward.run_backward, *back)) if any(drawn) else 0,
+            )
+        kept += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(after))
+        state = after
+    return kept + max(most.values()) + sum(4 * leaf.size for leaf in words.values())
+
+
+def _planned(function: Any, *args: Any) -> tuple[int, int]:
+    """Bytes that XLA plans for a compiled function's own use, and for what it returns."""
+    plan = function.lower(*args).compile().memory_analysis()
+    assert plan is not None
+    return plan.temp_size_in_bytes, plan.output_size_in_bytes
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ def fit(
 
 def sample_forwards(detector: Detector, num_test: int) -> int:
     """Forward passes of one example that the fit and so many test examples take."""
-    return detector.sample_forwards + forward_passes(detector.draws) * num_test
+    return detector.sample_forwards + forward_passes(detector.loss_fn, detector.draws) * num_test
 
 
 def result_row(

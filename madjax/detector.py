@@ -157,7 +157,7 @@ class Detector:
             fpr,
             per_class,
             perturbed.scale,
-            perturbed.forwards + forward_passes(draws) * count,
+            perturbed.forwards + forward_passes(loss_fn, draws) * count,
             layout,
             batch_size,
             model_shards,

@@ -322,12 +322,24 @@ class OneTokenLoss:
 
     def __call__(self, params: Params, batch: Batch) -> jax.Array:
         """Float32 `[n]`, in nats."""
-        return jnp.take_along_axis(self.loss_fn.tokens(params, batch), batch["token"][:, None], axis=1)[:, 0]
+        return _asked_for(self.loss_fn.tokens(params, batch), batch)
+
+    def stages(self, params: Params) -> list[Stage] | None:
+        """As `SequenceLoss.stages`."""
+        return _stages(self.loss_fn.graphdef, params, _asked_for)
+
+    def cut(self, examples: Batch, batch_size: int) -> tuple[list[Batch], np.ndarray]:
+        """As `SequenceLoss.cut`."""
+        return self.loss_fn.cut(examples, batch_size)
 
 
 def _each(losses: jax.Array, batch: Batch) -> jax.Array:
     del batch
     return losses
+
+
+def _asked_for(losses: jax.Array, batch: Batch) -> jax.Array:
+    return jnp.take_along_axis(losses, batch["token"][:, None], axis=1)[:, 0]
 
 
 def _told_by(batch: Batch) -> tuple[jax.Array, jax.Array]:

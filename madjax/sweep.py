@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from madjax import hosts
 from madjax.prefix import freeze
-from madjax.sampling import layerwise
+from madjax.sampling import backward, layerwise
 from madjax.sampling.diagnostics import ensure_finite
 from madjax.sampling.draws import Draws, Walk
 from madjax.sampling.tangent import PASSES, TangentDraws
@@ -40,7 +40,8 @@ class Layout(NamedTuple):
     Attributes:
       kind: "host": one draw a call, the loop is on the host. "scan": a loop in the program, a draw at a time. "vmap":
         all draws of a call at once. "layers": one layer of one draw a call, see `madjax.sampling.layerwise`.
-        "gradient": all draws from a gradient of each example, see `madjax.sampling.tangent`.
+        "gradient": all draws from a gradient of each example, see `madjax.sampling.tangent`; of a large model with
+        layers by one of them at a time, see `madjax.sampling.backward`.
       draws_per_call: 1 for "host" and "layers"; of "gradient", which takes all, 0.
     """
 
@@ -135,10 +136,15 @@ def loss_matrix(
         center = partial(draws.params, draws.any_item())
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
+    layers = backward.stages(loss_fn, draws)
     if layout == "layers":
         assert stages is not None
         chunks = _Batches(loss_fn, own, multiple, placement)
         stages, chunks.batches = layerwise.freeze(stages, chunks.batches)
+    elif layers is not None:
+        assert isinstance(draws, TangentDraws)
+        batch_size = min(batch_size, backward.most_at_a_time(layers, draws))
+        chunks = _Batches(loss_fn, own, batch_size * placement.parts("examples"), placement)
     else:
         chunks = _Chunks(own, count_here, batch_size, placement, batch_size if layout == "gradient" else _CHUNK)
         if layout == "auto":
@@ -158,6 +164,10 @@ def loss_matrix(
                 jnp.stack([jnp.concatenate(layerwise.losses(stages, item, chunk)) for item in block])
                 for chunk in chunks
             ]
+        if layers is not None:
+            assert isinstance(draws, TangentDraws)
+            items = jnp.asarray(np.array(block))
+            return [backward.losses(layers, draws, items, batch) for chunk in chunks for batch in chunk]
         items = _put_items(block, size, placement)
         return [_block(loss_fn, chosen.kind, batch_size, placement, draws, items, chunk) for chunk in chunks]
 
@@ -181,9 +191,11 @@ def loss_matrix(
     return hosts.gather(rows.losses, count, axis=1)
 
 
-def forward_passes(draws: Draws) -> int:
+def forward_passes(loss_fn: LossFn, draws: Draws) -> int:
     """Of one example, in a sweep of the draws."""
-    return PASSES if isinstance(draws, TangentDraws) else draws.num_draws
+    if isinstance(draws, TangentDraws):
+        return PASSES + (backward.stages(loss_fn, draws) is not None)
+    return draws.num_draws
 
 
 def _told_apart(draws: Draws) -> dict[str, np.ndarray]:

@@ -9,9 +9,11 @@ from madjax import Detector, Tangent, loss_matrix, open_traces
 from madjax.coupling import leave_one_out
 from madjax.losses import OneTokenLoss
 from madjax.metrics import auroc
-from madjax.sampling import TangentDraws, drawn_parameters
+from madjax.models.generate import completion_batch, prompt_batch
+from madjax.sampling import TangentDraws, backward, drawn_parameters
 from madjax.sampling.tangent import NUM_DRAWS, _fold, _signs
 from madjax.stopping import Sequential
+from madjax.sweep import forward_passes
 from madjax.types import SMALL_LOSS
 from tests import linear
 from tests.test_layerwise import GEMMA2, LLAMA, make
@@ -56,6 +58,55 @@ def test_sketches_have_the_products_of_a_decoders_gradients(config, pattern, bat
     np.testing.assert_allclose(products(sketches), cosines(loss_fn, draws, batch), atol=0.1)
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """A gradient of a whole decoder is too large, one of a layer is not, and of two it is."""
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 4 * 3000)
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Of two lengths, after which batches are cut."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 48, size).tolist() for size in (3, 9, 3, 9, 2)]
+    return prompt_batch(prompts) | completion_batch([[4, 1], [7], [5, 3], [2, 2], [1]])
+
+
+@pytest.mark.parametrize(
+    ("config", "pattern", "num_devices"), [(LLAMA, "layers/[23]/", 1), (GEMMA2, "kernel$", 4)], ids=["llama", "gemma2"]
+)
+def test_layer_by_layer_equals_the_whole(config, pattern, num_devices, few, large):
+    loss_fn, params = make(config)
+    draws = around(params, drawn_parameters(params, pattern), 31)
+    assert backward.most_at_a_time(backward.stages(loss_fn, draws), draws) == 1
+    matrix = loss_matrix(loss_fn, draws, few, batch_size=3, devices=jax.devices()[:num_devices])
+    expected = draws.losses(loss_fn, jnp.arange(draws.num_draws), few)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
+    assert forward_passes(loss_fn, draws) == 4
+
+
+def test_tokens_layer_by_layer(few, monkeypatch):
+    loss_fn, params = make(LLAMA)
+    draws = around(params, drawn_parameters(params, "layers/[234]/.*kernel$"), 31)
+    one, tokens = OneTokenLoss(loss_fn), few | {"token": np.arange(5, dtype=np.int32) % few["completion_length"]}
+    expected = loss_matrix(one, draws, tokens)
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 2 * 4 * 2304)
+    assert backward.most_at_a_time(backward.stages(one, draws), draws) == 2
+    before = backward.run_forward._cache_size(), backward.run_backward._cache_size()
+    matrix = loss_matrix(one, draws, tokens, devices=jax.devices()[:1])
+    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
+    # of two lengths: the embedding, a layer and the logits; backward the logits and a layer
+    now = backward.run_forward._cache_size(), backward.run_backward._cache_size()
+    assert now == (before[0] + 2 * 3, before[1] + 2 * 2)
+
+
+def test_what_cannot_be_passed_back_layer_by_layer(large):
+    loss_fn, params = make(LLAMA)
+    whole = around(params, drawn_parameters(params), 31)  # its embedding gives the logits as well
+    for loss, draws in ((loss_fn, whole), (linear.loss_fn, of_linear()), (loss_fn, linear.independent(3))):
+        assert backward.stages(loss, draws) is None
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_sketches_have_the_products_of_gradients(bias):
     draws, examples = of_linear(bias=bias), linear.examples(9)
@@ -81,7 +132,7 @@ def test_a_small_draws_losses_are_those_of_the_tangent():
 
 @pytest.mark.parametrize(("batch_size", "num_devices"), [(5, 1), (37, 1), (6, 4)])
 def test_losses_depend_on_neither_batches_nor_devices(batch_size, num_devices, monkeypatch):
-    monkeypatch.setattr("madjax.sampling.tangent._MOST_BYTES", 3 * 4 * 130)  # three gradients at a time
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 3 * 4 * 130)  # three gradients at a time
     draws, examples = of_linear(6), linear.examples()
     matrix = loss_matrix(linear.loss_fn, draws, examples, batch_size=batch_size, devices=jax.devices()[:num_devices])
     np.testing.assert_allclose(matrix, draws.losses(linear.loss_fn, jnp.arange(12), examples), rtol=1e-5)

@@ -429,3 +429,17 @@ def test_memory_is_planned_from_sizes_alone(here, monkeypatch):
     assert planned["weight_bytes"] == timed["weight_bytes"]
     for layout, row in planned["layouts"].items():
         assert row == {"bytes_beside_weights": timed["layouts"][layout]["bytes_beside_weights"]}
+
+
+def test_a_gradient_layer_by_layer_takes_less(here, monkeypatch):
+    flags = ["--num_sequences=2", "--prompt_tokens=2", "--num_tokens=1", "--layouts=gradient"]
+    large = dataclasses.replace(CONFIG, hidden_size=2048, num_layers=4)
+    monkeypatch.setitem(bench.DECODERS, "decoder_135m", large)
+    taken = []
+    for most in (2 << 30, 1):
+        monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", most)
+        row = json.loads(here("bench_language", "--model=decoder_135m", *flags).splitlines()[-1])
+        taken.append(row["layouts"]["gradient"]["bytes_beside_weights"])
+    num_kernels = 3 * large.size * large.hidden_size * large.num_layers
+    assert 4 * num_kernels < taken[0]
+    assert num_kernels < taken[1] < taken[0] / 2

@@ -33,15 +33,15 @@ import numpy as np
 from madjax.sampling.draws import NumberedDraws
 from madjax.types import SMALL_LOSS, Batch, LossFn, Params, num_examples
 
-# a gradient of one example, in forward passes
+# a gradient of one example, in forward passes; layer by layer, one more
 PASSES = 3
 # of a tensor; a prime: no row length divides it, so the columns of a matrix come into all buckets
 NUM_DRAWS = 127
 _WORD = 32  # bits
 # gradients that exist at a time
-_MOST_BYTES = 2 << 30
+MOST_BYTES = 2 << 30
 _LARGEST_MOVE = 80.0  # float32 ends at exp(88)
-_SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be differentiated
+SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be differentiated
 
 
 @partial(
@@ -83,9 +83,19 @@ class TangentDraws(NumberedDraws):
 
         A loss below c that falls may become a loss a little below 0.
         """
-        center, sketches = self.sketches(loss_fn, examples)
+        return self.from_sketches(*self.sketches(loss_fn, examples), items)
+
+    def from_sketches(self, center: jax.Array, sketches: jax.Array, items: jax.Array) -> jax.Array:
+        """`losses` from what `sketches` returns. Traceable."""
         moves = self.moved * math.sqrt(self.draws_of_each) * sketches.reshape(-1, self.num_draws).T[items]
         return (center + SMALL_LOSS)[None] * jnp.exp(jnp.minimum(moves, _LARGEST_MOVE)) - SMALL_LOSS
+
+    def words(self) -> list[jax.Array]:
+        """Random bits of each drawn tensor, for `sketch`. Traceable."""
+        # one long row of random words compiles faster than a short one for each tensor
+        sizes = [leaf.size for leaf, drawn in zip(jax.tree.leaves(self.center), self.drawn, strict=True) if drawn]
+        ends = np.cumsum([-(-size // _WORD) for size in sizes])
+        return jnp.split(jax.random.bits(self.rng_key, (int(ends[-1]), 1), jnp.uint32), ends[:-1])
 
     def sketches(self, loss_fn: LossFn, examples: Batch) -> tuple[jax.Array, jax.Array]:
         """Losses `[n]`, and sketches of the gradients of their logarithms `[n, num_parts, draws_of_each]`. Traceable.
@@ -94,9 +104,7 @@ class TangentDraws(NumberedDraws):
         """
         leaves, structure = jax.tree.flatten(self.center)
         places = np.flatnonzero(self.drawn)
-        # one long row of random words compiles faster than a short one for each tensor
-        ends = np.cumsum([-(-leaves[index].size // _WORD) for index in places])
-        all_words = jnp.split(jax.random.bits(self.rng_key, (int(ends[-1]), 1), jnp.uint32), ends[:-1])
+        all_words = self.words()
 
         def log_loss(drawn: list[jax.Array], example: Batch) -> tuple[jax.Array, jax.Array]:
             whole = list(leaves)
@@ -106,24 +114,26 @@ class TangentDraws(NumberedDraws):
             if jnp.shape(losses) != (1,):
                 raise ValueError(f"loss_fn: wanted one loss an example, [1] for one, got shape {jnp.shape(losses)}")
             loss = losses[0].astype(jnp.float32)
-            return jnp.log(loss + _SMALLEST), loss
+            return jnp.log(loss + SMALLEST), loss
 
-        def sketch(example: Batch) -> tuple[jax.Array, jax.Array]:
+        def of_one(example: Batch) -> tuple[jax.Array, jax.Array]:
             gradient, loss = jax.grad(log_loss, has_aux=True)([leaves[index] for index in places], example)
-            folded = []
-            for leaf, words in zip(gradient, all_words, strict=True):
-                flat = leaf.reshape(-1).astype(jnp.float32)
-                norm = jnp.linalg.norm(flat)
-                one = _fold(flat * _signs(words, flat.size), self.draws_of_each)
-                folded.append(jnp.where(norm > 0, one / norm, 0))
+            folded = [sketch(*each, self.draws_of_each) for each in zip(gradient, all_words, strict=True)]
             return loss, jnp.stack(folded)
 
         count = num_examples(examples)
-        most = _MOST_BYTES // (4 * sum(leaves[index].size for index in places))
+        most = MOST_BYTES // (4 * sum(leaves[index].size for index in places))
         at_a_time = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(1, most))
         if at_a_time == count:  # XLA's CPU backend is slow at convolutions in a loop
-            return jax.vmap(sketch)(examples)
-        return jax.lax.map(sketch, examples, batch_size=at_a_time)
+            return jax.vmap(of_one)(examples)
+        return jax.lax.map(of_one, examples, batch_size=at_a_time)
+
+
+def sketch(gradient: jax.Array, words: jax.Array, size: int) -> jax.Array:
+    """Float32 `[size]` of a tensor's gradient, brought to unit norm, or zero where it is. Traceable."""
+    flat = gradient.reshape(-1).astype(jnp.float32)
+    norm = jnp.linalg.norm(flat)
+    return jnp.where(norm > 0, _fold(flat * _signs(words, flat.size), size) / norm, 0)
 
 
 def _signs(words: jax.Array, size: int) -> jax.Array:
