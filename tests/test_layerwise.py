@@ -41,8 +41,7 @@ def around(loss_fn, params, mask=None, num_draws=3):
     return gaussian(jax.random.key(0), params, 0.2, num_draws=num_draws, mask=mask)
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
-@pytest.mark.parametrize("config", [LLAMA, GEMMA2], ids=["llama", "gemma2"])
+@pytest.mark.parametrize(("config", "num_devices"), [(LLAMA, 4), (GEMMA2, 1)], ids=["llama", "gemma2"])
 def test_layer_by_layer_equals_a_double_loop(config, num_devices, batch):
     loss_fn, params = make(config, rank=2)
     draws = around(loss_fn, params)

@@ -48,8 +48,7 @@ def products(sketches):
     return np.einsum("ipd,jpd->pij", sketches, sketches)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GEMMA2], ids=["llama", "gemma2"])
-@pytest.mark.parametrize("pattern", ["kernel$", "layers/[23]/"])
+@pytest.mark.parametrize(("config", "pattern"), [(LLAMA, "kernel$"), (GEMMA2, "layers/[23]/")], ids=["llama", "gemma2"])
 def test_sketches_have_the_products_of_a_decoders_gradients(config, pattern, batch):
     loss_fn, params = make(config)
     draws = around(params, drawn_parameters(params, pattern), 2039)
