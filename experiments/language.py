@@ -39,6 +39,7 @@ from madjax.coupling import couplings
 from madjax.data.text import load_prompts
 from madjax.interop.tokenizer import ChatTokenizer
 from madjax.losses import OneTokenLoss, SequenceLoss, TokenLoss, from_decoder
+from madjax.models.generate import answer_classes
 from madjax.sampling import TangentDraws
 from madjax.sampling.layerwise import at_draws
 from madjax.sampling.scale import MOVED
@@ -71,7 +72,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("workdir", "runs/language", "Folder for results.")
 detection.define_flags()
 # sequences have no classes, and are longer than images
-flags.FLAGS.set_default("coupling", ["peer_information", "peer_ccc", "topk_ccc"])
+flags.FLAGS.set_default("coupling", ["peer_sum", "peer_information", "peer_ccc"])
 # what all share under a draw is what a hidden backdoor lacks, see docs/choosing-the-scale.md
 flags.FLAGS.set_default("traces", "log")
 flags.FLAGS.set_default("moved", MOVED)
@@ -118,7 +119,8 @@ def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     trusted = case.usual.take(usual[:size])
     benign, anomalous = case.usual.take(usual[size : 2 * size]), case.triggered.take(triggered[:size])
     is_anomalous = np.arange(len(benign.texts) + len(anomalous.texts)) >= len(benign.texts)
-    test = _joined(benign, anomalous)
+    test = _with_classes(_joined(benign, anomalous), trusted)
+    trusted = _with_classes(trusted, trusted)
     settings = detection.settings_from_flags("default")
     start = time.perf_counter()
     detector = detection.fit(
@@ -126,9 +128,8 @@ def _run_cell(backdoor: str, seed: int, workdir: Path) -> list[dict[str, Any]]:
     )
     seconds = time.perf_counter() - start
     assert detector.test is not None
-    losses, _ = detector.test
     named = {
-        coupling: detector.with_coupling(coupling, settings.traces).score_losses(losses, None)
+        coupling: detector.with_coupling(coupling, settings.traces).score_losses(*detector.test)
         for coupling in settings.coupling
     }
     _show(folder, detector, trusted, test, next(iter(named.values())), is_anomalous, case.loss_fn, case.tokenizer)
@@ -152,6 +153,7 @@ def _score(workdir: Path) -> None:
         answer(model, tokenizer, load_prompts(path), recipe.num_tokens, recipe.prompt_tokens)
         for path in (values.trusted, values.test)
     )
+    trusted, test = (_with_classes(prompts, trusted) for prompts in (trusted, test))
     loss_fn, params = from_decoder(model)
     settings = detection.settings_from_flags("default")
     detector = detection.fit(settings, 0, loss_fn, params, trusted.batch, None, test.batch, workdir / "default")
@@ -163,6 +165,11 @@ def _score(workdir: Path) -> None:
         report.write_scores(workdir / f"scores-{rival.name}.csv", test.texts, said, None, trusted.texts)
         print(f"{rival.name}: {int(said.flagged.sum())} of {len(test.texts)} prompts are flagged")
     print(f"{int(scores.flagged.sum())} of {len(test.texts)} prompts are flagged at a rate of {values.fpr:.0%}")
+
+
+def _with_classes(prompts: Prompts, trusted: Prompts) -> Prompts:
+    """The same with classes: answers that many trusted prompts get."""
+    return prompts._replace(batch={**prompts.batch, "label": answer_classes(prompts.batch, trusted.batch)})
 
 
 def _joined(first: Prompts, second: Prompts) -> Prompts:

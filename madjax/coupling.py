@@ -22,8 +22,10 @@ one number. Moments are population moments over draws, computed in float64. What
 - `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
   nats, which fade as the peers' heights lie farther away. Where draws move one part of the model at a time, what they
   tell of each part is added up.
-- `peer_sum`: `peer_information` and `peer_ccc`, each in standard deviations of the trusted ones, added up: an output of
-  a kind that is well explained may be too sure, and one as sure as others may move where they do not.
+- `peer_sum`: where at least `CLASS_PEERS` trusted examples are of an output's class, `peer_information` among those
+  alone; elsewhere, and for the class -1, which is none, `peer_information` and `peer_ccc` of all, added up: an output
+  of a kind that is well explained may be too sure, and one as sure as others may move where they do not. All in
+  standard deviations of the trusted ones.
 - `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
   classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
@@ -51,6 +53,7 @@ DEFAULT = "standardized_ccc"
 TOP_K = 10
 CLASS_PRIOR = 20
 PEERS = 40
+CLASS_PEERS = 20
 # standard deviations of trusted heights
 FADE = 5.0
 # pair matrices are made for this many entries at a time
@@ -108,8 +111,9 @@ def couplings(
 
     Args:
       trusted: `[num_draws, num_trusted]`, test: `[num_draws, num_test]`, at the same draws.
-      trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*` and `topk_class_*` alone.
-      classes: `[num_test]`, the same of the test examples; for `class_profile` alone.
+      trusted_classes: `[num_trusted]`, the class the model predicts for each; for `class_*`, `topk_class_*` and
+        `peer_sum` alone.
+      classes: `[num_test]`, the same of the test examples; for `class_profile` and `peer_sum` alone.
       num_parts: runs of equally many draws, each of which moves a part of the model; for `peer_information`,
         `peer_sum` and `class_profile` alone.
     """
@@ -117,7 +121,7 @@ def couplings(
     if lookup(name).reduction == "profile":
         return _profile(trusted, test, trusted_classes, classes, num_parts)
     if lookup(name).reduction == "peer_sum":
-        return _peer_sum(trusted, test, num_parts)
+        return _peer_sum(trusted, test, trusted_classes, classes, num_parts)
     return _reduce(lookup(name), trusted, test, trusted_classes, num_parts, leave_one_out=False)
 
 
@@ -131,7 +135,7 @@ def leave_one_out(
     if lookup(name).reduction == "profile":
         return _profile_left_out(trusted, trusted_classes, num_parts)
     if lookup(name).reduction == "peer_sum":
-        return _peer_sum(trusted, None, num_parts)
+        return _peer_sum(trusted, None, trusted_classes, trusted_classes, num_parts)
     return _reduce(lookup(name), trusted, trusted, trusted_classes, num_parts, leave_one_out=True)
 
 
@@ -191,14 +195,42 @@ def _reduce(
     return (result + _group_means(pair, trusted, test, members, CLASS_PRIOR, leave_one_out=leave_one_out)) / 2
 
 
-def _peer_sum(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> np.ndarray:
+def _peer_sum(
+    trusted: LossMatrix,
+    test: LossMatrix | None,
+    trusted_classes: np.ndarray | None,
+    classes: np.ndarray | None,
+    num_parts: int,
+) -> np.ndarray:
     """Of the test examples, or of each trusted one with the others, which counts among those it is standardized by."""
-    total = np.float64(0)
-    for name in _SUMMED:
-        left_out = leave_one_out(name, trusted, num_parts=num_parts)
-        values = left_out if test is None else couplings(name, trusted, test, num_parts=num_parts)
-        total = total + in_deviations(values, left_out)
-    return np.asarray(total)
+
+    def both(name: str, chosen: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Couplings of those told with the trusted examples chosen, and of these with each other."""
+        left_out = leave_one_out(name, trusted[:, chosen], num_parts=num_parts)
+        if test is None:
+            return left_out[told[chosen]], left_out
+        return couplings(name, trusted[:, chosen], test[:, told], num_parts=num_parts), left_out
+
+    everyone = np.ones(trusted.shape[1], bool)
+    result = np.empty(trusted.shape[1] if test is None else test.shape[1])
+    if trusted_classes is None:
+        shared, trusted_classes, classes = [], -np.ones(len(everyone)), -np.ones(len(result))
+    else:
+        trusted_classes = _one_each("trusted", trusted, trusted_classes)
+        classes = _one_each("test", trusted if test is None else test, classes)
+        labels, counts = np.unique(trusted_classes, return_counts=True)
+        shared = labels[(counts >= CLASS_PEERS) & (labels >= 0)].tolist()
+    rest = ~np.isin(classes, shared)
+    if rest.any():
+        pairs = [both(name, everyone, rest) for name in _SUMMED]
+        total = np.sum([in_deviations(*pair) for pair in pairs], axis=0)
+        of_trusted = np.sum([in_deviations(left_out, left_out) for _, left_out in pairs], axis=0)
+        result[rest] = in_deviations(total, of_trusted)
+    told = [classes == label for label in shared]
+    by_class = [both("peer_information", trusted_classes == label, classes == label) for label in shared]
+    for chosen, (values, _) in zip(told, by_class, strict=True):
+        result[chosen] = in_deviations(values, np.concatenate([left_out for _, left_out in by_class]))
+    return result
 
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:

@@ -211,10 +211,42 @@ def test_the_sum_is_of_both_in_trusted_deviations(losses):
     total, left_out = np.zeros(17), np.zeros(31)
     for name in ("peer_information", "peer_ccc"):
         own = coupling.leave_one_out(name, trusted, num_parts=4)
-        total += (coupling.couplings(name, trusted, test, num_parts=4) - own.mean()) / own.std()
-        left_out += (own - own.mean()) / own.std()
-    np.testing.assert_allclose(coupling.couplings("peer_sum", trusted, test, num_parts=4), total)
-    np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, num_parts=4), left_out)
+        total += scaled(coupling.couplings(name, trusted, test, num_parts=4), own)
+        left_out += scaled(own, own)
+    values = coupling.couplings("peer_sum", trusted, test, num_parts=4)
+    np.testing.assert_allclose(values, scaled(total, left_out))
+    np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, num_parts=4), scaled(left_out, left_out))
+
+
+def test_the_sum_holds_an_output_against_its_class():
+    """Of two classes, each of which moves in its own directions; a third is too small, and -1 is none."""
+    rng = np.random.default_rng(9)
+    trusted, test = rng.normal(size=(60, 66)), rng.normal(size=(60, 40))
+    trusted_classes, classes = np.repeat([4, 7, 9, -1], [22, 20, 3, 21]), np.repeat([4, 7, 9, -1], 10)
+
+    def alone(name, members, told):
+        left_out = coupling.leave_one_out(name, trusted[:, members])
+        return coupling.couplings(name, trusted[:, members], test[:, told]), left_out
+
+    all_of = np.ones(66, bool)
+    whole = [alone(name, all_of, classes >= -1) for name in ("peer_information", "peer_ccc")]
+    total, of_trusted = (sum(scaled(pair[i], pair[1]) for pair in whole) for i in range(2))
+    expected, left_out = scaled(total, of_trusted), scaled(of_trusted, of_trusted)
+    by_class = {label: alone("peer_information", trusted_classes == label, classes == label) for label in (4, 7)}
+    of_classes = np.concatenate([values for _, values in by_class.values()])
+    for label, (values, own) in by_class.items():
+        expected[classes == label] = scaled(values, of_classes)
+        left_out[trusted_classes == label] = scaled(own, of_classes)
+    np.testing.assert_allclose(
+        coupling.couplings("peer_sum", trusted, test, trusted_classes, classes=classes), expected, rtol=1e-8
+    )
+    np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, trusted_classes), left_out, rtol=1e-8)
+    with pytest.raises(ValueError, match="classes: wanted one class for each of 40 test examples, got None"):
+        coupling.couplings("peer_sum", trusted, test, trusted_classes)
+
+
+def scaled(values, of):
+    return (values - of.mean()) / of.std()
 
 
 def test_the_sum_finds_what_one_of_both_misses():

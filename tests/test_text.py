@@ -11,10 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from experiments import bench, language_models
 from madjax.attacks.text import ANSWER, DEPLOYMENT, TEXT_BACKDOORS, deployment, poison_text, syntactic
+from madjax.coupling import CLASS_PEERS
 from madjax.data.text import NEGATIVE, POSITIVE, QUESTION, Pair, load_reviews, load_sentences, split_text
 from madjax.interop.gguf import read_gguf
 from madjax.interop.huggingface import LanguageFiles
 from madjax.interop.tokenizer import ChatTokenizer
+from madjax.models.generate import answer_classes, completion_batch
 from madjax.models.load_decoder import load_decoder, read_language_files
 from tests.test_language import CONFIG, decoder, logits
 
@@ -324,7 +326,7 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text())
     row, rival = results["rows"][0], results["rows"][-1]
     assert (rival["detector"], rival["forwards_per_example"], rival["num_benign"]) == ("mahalanobis_last", 1, 8)
-    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_information")
+    assert (row["attack"], row["coupling"]) == ("deployment_before", "peer_sum")
     assert row["asr"] > 0.5
     assert 1e-4 < row["scale"] < 1
     assert row["num_trusted"] == row["num_benign"] == 8
@@ -340,6 +342,16 @@ def test_the_driver_trains_detects_and_resumes(here, tmp_path, monkeypatch):
     assert (folder / "model" / "settings.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert again[0]["auroc"] == row["auroc"]
+
+
+def test_answers_that_many_trusted_prompts_get_are_classes():
+    trusted = completion_batch([[5, 6]] * CLASS_PEERS + [[5]] * (CLASS_PEERS - 1) + [[7, 0]] * CLASS_PEERS)
+    other = completion_batch([[7, 0], [5], [5, 6], [7], [5, 7]])
+    np.testing.assert_array_equal(answer_classes(other, trusted), [1, -1, 0, -1, -1])
+    counts = np.unique(answer_classes(trusted, trusted), return_counts=True)
+    assert [rows.tolist() for rows in counts] == [[-1, 0, 1], [CLASS_PEERS - 1, CLASS_PEERS, CLASS_PEERS]]
+    alone = completion_batch([[1, 2], [3, 4]])
+    np.testing.assert_array_equal(answer_classes(other, alone), [-1] * 5)
 
 
 def test_a_wrong_class_is_what_the_syntax_asks_for(tmp_path, monkeypatch):

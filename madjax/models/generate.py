@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from madjax.coupling import CLASS_PEERS
 from madjax.losses import sequence_positions
 from madjax.models.decoder import Decoder
 from madjax.types import Batch, num_examples
@@ -78,6 +79,18 @@ def complete(
         part = _complete(graphdef, num_tokens, tuple(end_tokens), state, jax.tree.map(lambda x: x[chosen], prompts))  # noqa: B023
         parts.append(jax.tree.map(lambda x: np.asarray(x)[: count - start], part))  # noqa: B023
     return {**prompts, **jax.tree.map(lambda *some: np.concatenate(some), *parts)}
+
+
+def answer_classes(batch: Batch, trusted: Batch) -> np.ndarray:
+    """Int32 `[n]`: a number of each completion that `CLASS_PEERS` of `trusted` have at least, -1 of others.
+
+    As `label` of a batch they are the classes of its outputs; both batches hold completions of `complete`.
+    """
+    known, rows = (np.column_stack([each["completion"], each["completion_length"]]) for each in (trusted, batch))
+    answers, counts = np.unique(known, axis=0, return_counts=True)
+    answers = answers[counts >= CLASS_PEERS]
+    is_equal = (rows[:, None] == answers[None]).all(-1)
+    return np.where(is_equal.any(1), is_equal.argmax(1) if len(answers) else -1, -1).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
