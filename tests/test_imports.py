@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "madjax"
 # a module may import those to the left of it
 RIVER = [
     "types", "losses", "sharding", "sampling.diagnostics", "sampling.draws", "sampling.restrict", "sampling.target",
-    "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.tangent", "sampling.scale",
-    "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces", "information", "standardize",
-    "profile", "coupling", "calibration", "scorer", "checkpoint", "detector", "batch", "stopping",
-    "mechanisms", "xla_flags",
+    "sampling.sgld", "sampling.chains", "sampling.gaussian", "sampling.layerwise", "sampling.tangent",
+    "sampling.backward", "sampling.scale", "sampling.perturbation", "hosts", "prefix", "store", "sweep", "traces",
+    "information", "standardize", "profile", "coupling", "calibration", "scorer", "checkpoint", "detector", "batch",
+    "stopping", "mechanisms", "xla_flags",
 ]  # fmt: skip
 WINGS = ("models", "attacks", "baselines", "ensemble", "data", "interop", "metrics", "report")
 
