@@ -33,7 +33,7 @@ from madjax.models.decoder import Decoder
 from madjax.sampling import GaussianDraws, Tangent, TangentDraws, backward, drawn_parameters, gaussian, layerwise
 from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
-from madjax.types import Batch, Stage
+from madjax.types import Batch
 
 _SIZES = f"{', '.join(bench.DECODERS)}, without weights"
 flags.DEFINE_string("model", "tiny", f"tiny, smollm2, a Hugging Face folder or a GGUF file; {_SIZES}.")
@@ -116,9 +116,9 @@ def _bytes(
     Of a gradient, what a batch's takes.
     """
     if isinstance(draws, TangentDraws):
-        parts = backward.stages(loss_fn, draws)
-        if parts is not None:
-            return _bytes_layer_by_layer(loss_fn, parts, draws, examples, batch_size)
+        layers = backward.layers(loss_fn, draws)
+        if layers is not None:
+            return _bytes_layer_by_layer(loss_fn, layers, draws, examples, batch_size)
     item = jnp.asarray(draws.any_item())
     batch = jax.tree.map(lambda leaf: leaf[:batch_size], examples)
     if isinstance(draws, TangentDraws):
@@ -138,23 +138,19 @@ def _bytes(
 
 
 def _bytes_layer_by_layer(
-    loss_fn: SequenceLoss, parts: Sequence[Stage], draws: TangentDraws, examples: Batch, batch_size: int
+    loss_fn: SequenceLoss, layers: Sequence[backward.Layer], draws: TangentDraws, examples: Batch, batch_size: int
 ) -> int:
     """Random words, what all layers are given, and the most that one of them takes, forward or back."""
-    leaves, words = jax.tree.leaves(draws.center), jax.eval_shape(draws.words)
-    words = dict(zip(np.flatnonzero(draws.drawn).tolist(), words, strict=True))
-    batch = loss_fn.cut(examples, min(batch_size, backward.most_at_a_time(parts, draws)))[0][-1]
+    words = dict(zip(np.flatnonzero(draws.drawn).tolist(), jax.eval_shape(draws.words), strict=True))
+    batch = loss_fn.cut(examples, min(batch_size, backward.most_at_a_time(layers, draws)))[0][-1]
     state, kept, most = jax.tree.map(lambda leaf: leaf[:, None], batch), 0, {}
-    for part in parts:
-        params, numbers = jax.tree.map(leaves.__getitem__, part.numbers), jax.tree.leaves(part.numbers)
-        drawn = tuple(draws.drawn[number] for number in numbers)
-        after = jax.eval_shape(partial(backward.run_forward, part.run), params, state)
-        if part.run not in most:
-            cotangents = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            own_words = [words[number] for number in numbers if draws.drawn[number]]
-            back = (part.run, drawn, draws.draws_of_each, params, own_words, state, cotangents)
-            most[part.run] = max(
-                sum(_planned(backward.run_forward, part.run, params, state)),
+    for run, params, drawn, numbers in layers:
+        after = jax.eval_shape(partial(backward.run_forward, run), params, state)
+        if (run, drawn) not in most:
+            own_words, cotangents = [words[number] for number in numbers], backward.floats(after)
+            back = (run, drawn, draws.draws_of_each, params, own_words, state, cotangents)
+            most[run, drawn] = max(
+                sum(_planned(backward.run_forward, run, params, state)),
                 sum(_planned(backward.run_backward, *back)) if any(drawn) else 0,
             )
         kept += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(after))

@@ -136,7 +136,7 @@ def loss_matrix(
         center = partial(draws.params, draws.any_item())
         put = partial(put_examples, placement=placement)
         loss_fn, own = freeze(loss_fn, center, drawn, own, batch_size=multiple, put=put)
-    layers = backward.stages(loss_fn, draws)
+    layers = backward.layers(loss_fn, draws)
     if layout == "layers":
         assert stages is not None
         chunks = _Batches(loss_fn, own, multiple, placement)
@@ -167,7 +167,7 @@ def loss_matrix(
         if layers is not None:
             assert isinstance(draws, TangentDraws)
             items = jnp.asarray(np.array(block))
-            return [backward.losses(layers, draws, items, batch) for chunk in chunks for batch in chunk]
+            return [jnp.concatenate(backward.losses(layers, draws, items, chunk), axis=1) for chunk in chunks]
         items = _put_items(block, size, placement)
         return [_block(loss_fn, chosen.kind, batch_size, placement, draws, items, chunk) for chunk in chunks]
 
@@ -194,7 +194,7 @@ def loss_matrix(
 def forward_passes(loss_fn: LossFn, draws: Draws) -> int:
     """Of one example, in a sweep of the draws."""
     if isinstance(draws, TangentDraws):
-        return PASSES + (backward.stages(loss_fn, draws) is not None)
+        return PASSES + (backward.layers(loss_fn, draws) is not None)
     return draws.num_draws
 
 

@@ -77,7 +77,7 @@ def few():
 def test_layer_by_layer_equals_the_whole(config, pattern, num_devices, few, large):
     loss_fn, params = make(config)
     draws = around(params, drawn_parameters(params, pattern), 31)
-    assert backward.most_at_a_time(backward.stages(loss_fn, draws), draws) == 1
+    assert backward.most_at_a_time(backward.layers(loss_fn, draws), draws) == 1
     matrix = loss_matrix(loss_fn, draws, few, batch_size=3, devices=jax.devices()[:num_devices])
     expected = draws.losses(loss_fn, jnp.arange(draws.num_draws), few)
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
@@ -90,7 +90,7 @@ def test_tokens_layer_by_layer(few, monkeypatch):
     one, tokens = OneTokenLoss(loss_fn), few | {"token": np.arange(5, dtype=np.int32) % few["completion_length"]}
     expected = loss_matrix(one, draws, tokens)
     monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 2 * 4 * 2304)
-    assert backward.most_at_a_time(backward.stages(one, draws), draws) == 2
+    assert backward.most_at_a_time(backward.layers(one, draws), draws) == 2
     before = backward.run_forward._cache_size(), backward.run_backward._cache_size()
     matrix = loss_matrix(one, draws, tokens, devices=jax.devices()[:1])
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_what_cannot_be_passed_back_layer_by_layer(large):
     loss_fn, params = make(LLAMA)
     whole = around(params, drawn_parameters(params), 31)  # its embedding gives the logits as well
     for loss, draws in ((loss_fn, whole), (linear.loss_fn, of_linear()), (loss_fn, linear.independent(3))):
-        assert backward.stages(loss, draws) is None
+        assert backward.layers(loss, draws) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -10,10 +10,9 @@ examples are not padded to the longest.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,53 +24,70 @@ from madjax.sampling.tangent import SMALLEST, TangentDraws, sketch
 from madjax.types import Batch, LossFn, Params, Stage
 
 
-def stages(loss_fn: LossFn, draws: Draws) -> list[Stage] | None:
+class Layer(NamedTuple):
+    """A stage of a loss with its own parameters.
+
+    Attributes:
+      run: `Stage.run`; drawn: which leaves of `params` are drawn.
+      numbers: where those stand among all parameters.
+    """
+
+    run: Callable[[Params, Any], Any]
+    params: Params
+    drawn: tuple[bool, ...]
+    numbers: list[int]
+
+
+def layers(loss_fn: LossFn, draws: Draws) -> list[Layer] | None:
     """The stages of a loss at draws of a tangent; None where the gradient fits, or loss or draws cannot be taken apart.
 
     A drawn tensor that is part of two stages, such as a tied embedding, cannot: neither knows the norm of the whole.
     """
     if not isinstance(draws, TangentDraws) or not hasattr(loss_fn, "stages"):
         return None
-    if _bytes(draws, range(len(draws.drawn))) <= tangent.MOST_BYTES:
+    if draws.gradient_bytes() <= tangent.MOST_BYTES:
         return None
     parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
-    uses = Counter(number for part in parts or [] for number in jax.tree.leaves(part.numbers))
-    return None if any(draws.drawn[number] for number, count in uses.items() if count > 1) else parts
+    if parts is None:
+        return None
+    leaves, result = jax.tree.leaves(draws.center), []
+    for part in parts:
+        own = jax.tree.leaves(part.numbers)
+        drawn = tuple(draws.drawn[number] for number in own)
+        params = jax.tree.map(leaves.__getitem__, part.numbers)
+        result.append(Layer(part.run, params, drawn, [number for number in own if draws.drawn[number]]))
+    numbers = [number for layer in result for number in layer.numbers]
+    return result if len(set(numbers)) == len(numbers) else None
 
 
-def most_at_a_time(parts: Sequence[Stage], draws: TangentDraws) -> int:
+def most_at_a_time(layers: Sequence[Layer], draws: TangentDraws) -> int:
     """Of how many examples the largest layer's gradients may exist at a time on a device, one at least."""
-    largest = max(_bytes(draws, jax.tree.leaves(part.numbers)) for part in parts)
-    return max(1, tangent.MOST_BYTES // largest)
+    return max(1, tangent.MOST_BYTES // max(draws.gradient_bytes(layer.numbers) for layer in layers))
 
 
-def _bytes(draws: TangentDraws, numbers: Iterable[int]) -> int:
-    """Of a gradient of the drawn tensors among these, in float32."""
-    leaves = jax.tree.leaves(draws.center)
-    return sum(4 * leaves[number].size for number in numbers if draws.drawn[number])
-
-
-def losses(parts: Sequence[Stage], draws: TangentDraws, items: jax.Array, batch: Batch) -> jax.Array:
-    """`TangentDraws.losses` of a batch that the loss has cut; not traceable."""
-    leaves = jax.tree.leaves(draws.center)
+def losses(layers: Sequence[Layer], draws: TangentDraws, items: jax.Array, batches: Iterable[Batch]) -> list[jax.Array]:
+    """`TangentDraws.losses` of each of the batches that the loss has cut; not traceable."""
     words = dict(zip(np.flatnonzero(draws.drawn).tolist(), _words(draws), strict=True))
-    params = [jax.tree.map(leaves.__getitem__, part.numbers) for part in parts]
+    return [_from_sketches(draws, *_sketches(layers, draws, words, batch), items) for batch in batches]
+
+
+def _sketches(
+    layers: Sequence[Layer], draws: TangentDraws, words: dict[int, jax.Array], batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """`TangentDraws.sketches`."""
     states = [jax.tree.map(lambda leaf: leaf[:, None], batch)]  # batches of one example
-    for part, own in zip(parts, params, strict=True):
-        states.append(run_forward(part.run, own, states[-1]))
+    for layer in layers:
+        states.append(run_forward(layer.run, layer.params, states[-1]))
     center = states.pop()
     cotangents, sketches = [1 / (center + SMALLEST)], {}
     while len(sketches) < draws.num_parts:
-        part, own, given = parts[len(states) - 1], params[len(states) - 1], states.pop()
-        numbers = jax.tree.leaves(part.numbers)
-        drawn = tuple(draws.drawn[number] for number in numbers)
-        numbers = [number for number in numbers if draws.drawn[number]]
-        of_part, cotangents = run_backward(
-            part.run, drawn, draws.draws_of_each, own, [words[number] for number in numbers], given, cotangents
-        )
-        sketches |= zip(numbers, of_part, strict=True)
-    stacked = jnp.stack([sketches[number] for number in sorted(sketches)], axis=1)
-    return _from_sketches(draws, center[:, 0], stacked, items)
+        layer, given = layers[len(states) - 1], states.pop()
+        of_layer, cotangents = run_backward(
+            layer.run, layer.drawn, draws.draws_of_each, layer.params, [words[number] for number in layer.numbers],
+            given, cotangents,
+        )  # fmt: skip
+        sketches |= zip(layer.numbers, of_layer, strict=True)
+    return center[:, 0], jnp.stack([sketches[number] for number in sorted(sketches)], axis=1)
 
 
 @jax.jit
@@ -100,21 +116,18 @@ def run_backward(
     states: Any,
     cotangents: list[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Sketches `[n, draws_of_each]` of the drawn parameters' gradients, and the cotangents of what the stage was given.
-
-    Cotangents are of the floating leaves alone.
-    """
+    """Sketches `[n, draws_of_each]` of the drawn parameters' gradients, and cotangents of the states' `floats`."""
     leaves, structure = jax.tree.flatten(params)
 
     def of_one(state: Any, cotangents: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         given, given_structure = jax.tree.flatten(state)
 
-        def outputs(moved: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
-            own, state = _put(moved, leaves, drawn), _put(floats, given, list(map(_is_float, given)))
-            return _floats(run(structure.unflatten(own), given_structure.unflatten(state)))
+        def outputs(moved: list[jax.Array], moved_state: list[jax.Array]) -> list[jax.Array]:
+            own, state = _put(moved, leaves, drawn), _put(moved_state, given, list(map(_is_float, given)))
+            return floats(run(structure.unflatten(own), given_structure.unflatten(state)))
 
         moved = [leaf for leaf, is_drawn in zip(leaves, drawn, strict=True) if is_drawn]
-        _, pull_back = jax.vjp(outputs, moved, _floats(state))
+        _, pull_back = jax.vjp(outputs, moved, floats(state))
         gradients, cotangents = pull_back(cotangents)
         return [sketch(*each, draws_of_each) for each in zip(gradients, words, strict=True)], cotangents
 
@@ -127,7 +140,8 @@ def _put(some: Sequence[jax.Array], leaves: Sequence[jax.Array], chosen: Sequenc
     return [next(rest) if is_chosen else leaf for leaf, is_chosen in zip(leaves, chosen, strict=True)]
 
 
-def _floats(tree: Any) -> list[jax.Array]:
+def floats(tree: Any) -> list[jax.Array]:
+    """The floating leaves, which have cotangents."""
     return [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
 
 

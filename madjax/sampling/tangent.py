@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -75,6 +76,12 @@ class TangentDraws(NumberedDraws):
     def num_draws(self) -> int:
         return self.num_parts * self.draws_of_each
 
+    def gradient_bytes(self, numbers: Iterable[int] | None = None) -> int:
+        """Of one example's gradient in float32: of the drawn leaves, or of those among `numbers`."""
+        leaves = jax.tree.leaves(self.center)
+        chosen = range(len(leaves)) if numbers is None else numbers
+        return sum(4 * leaves[number].size for number in chosen if self.drawn[number])
+
     def params(self, item: jax.Array) -> Params:
         raise ValueError("draws: those of a tangent differ between examples, and are never parameters; wanted gaussian")
 
@@ -122,7 +129,7 @@ class TangentDraws(NumberedDraws):
             return loss, jnp.stack(folded)
 
         count = num_examples(examples)
-        most = MOST_BYTES // (4 * sum(leaves[index].size for index in places))
+        most = MOST_BYTES // self.gradient_bytes()
         at_a_time = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(1, most))
         if at_a_time == count:  # XLA's CPU backend is slow at convolutions in a loop
             return jax.vmap(of_one)(examples)
