@@ -3,12 +3,14 @@ r"""Speed and memory of a language model's sweep on this device.
     python -m experiments.bench_language --model=tiny
     python -m experiments.bench_language --model=smollm2 --num_sequences=32 --num_draws=2
     python -m experiments.bench_language --model=decoder_8b --dtype=bfloat16 --layouts=layers,gradient
+    python -m experiments.bench_language --model=decoder_2b --dtype=bfloat16 --layouts=gradient --random_weights
 
 Prints one JSON object: bytes of the weights and, for each of --layouts, sequences a second (losses of one draw and one
 sequence; median over turns, which take turns, compilation apart) and bytes that a draw takes beside the weights, as XLA
 plans it. Of the layout "gradient" they are of one gradient a sequence, which serves all draws of a tangent.
 
-The last one is of a decoder's sizes alone: there are no weights, and nothing is timed.
+The third is of a decoder's sizes alone: there are no weights, and nothing is timed. The last one makes some by chance;
+what was run tells as well how many bytes it took at most, all layouts, weights and the programs' own included.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ from experiments import bench, common
 from experiments.language_models import LanguageRecipe, read_model
 from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
-from madjax.models.decoder import Decoder
+from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.sampling import GaussianDraws, Tangent, TangentDraws, backward, drawn_parameters, gaussian, layerwise
 from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.types import Batch
 
-_SIZES = f"{', '.join(bench.DECODERS)}, without weights"
+_SIZES = f"{', '.join(bench.DECODERS)}, without weights unless --random_weights"
 flags.DEFINE_string("model", "tiny", f"tiny, smollm2, a Hugging Face folder or a GGUF file; {_SIZES}.")
+flags.DEFINE_bool("random_weights", False, "Run a decoder of given sizes with weights of chance.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
 flags.DEFINE_string(
     "parameters",
@@ -61,8 +64,11 @@ def main() -> None:
     """Measures and prints."""
     values = flags.FLAGS
     sizes = bench.DECODERS.get(values.model)
+    planned_alone = sizes is not None and not values.random_weights
     if sizes is not None:
-        model = nnx.eval_shape(lambda: Decoder(sizes, dtype=values.dtype, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: _random(sizes)) if planned_alone else _random(sizes)
+    elif values.random_weights:
+        raise ValueError(f"random_weights: wanted one of {', '.join(bench.DECODERS)}, got {values.model}")
     else:
         model, _ = read_model(LanguageRecipe(model=values.model, dtype=values.dtype), 0)
     loss_fn, params = from_decoder(model)
@@ -81,7 +87,7 @@ def main() -> None:
         loss_matrix(loss_fn, draws_of[layout], examples, layout=layout, batch_size=values.batch_size)
 
     rows: dict[str, dict[str, float]] = {layout: {} for layout in values.layouts}
-    if sizes is None:
+    if not planned_alone:
         runs = {layout: partial(sweep, layout) for layout in values.layouts}
         first = {layout: bench.time_in_turns({layout: run}, 1)[layout][0] for layout, run in runs.items()}
         for layout, times in bench.time_in_turns(runs, values.repeats).items():
@@ -91,6 +97,7 @@ def main() -> None:
                 "seconds_a_draw": seconds / passes[layout],
                 "compile_seconds": max(0.0, first[layout] - seconds),
             }
+    peak = {} if planned_alone else {"peak_bytes": bench.peak_memory()}
     for layout, row in rows.items():
         batch_size = min(values.batch_size, values.num_sequences)
         row["bytes_beside_weights"] = _bytes(layout, loss_fn, draws_of[layout], examples, batch_size)
@@ -104,8 +111,13 @@ def main() -> None:
         "tokens_a_sequence": float(examples["prompt_length"].mean()) + values.num_tokens,
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "layouts": rows,
+        **peak,
     }
     print(json.dumps(result))
+
+
+def _random(sizes: DecoderConfig) -> Decoder:
+    return Decoder(sizes, dtype=flags.FLAGS.dtype, rngs=nnx.Rngs(0))
 
 
 def _bytes(

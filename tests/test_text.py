@@ -430,17 +430,25 @@ def test_bench_language(here, monkeypatch):
 
 
 def test_memory_is_planned_from_sizes_alone(here, monkeypatch):
-    """As for a model with weights, whose sequences are timed as well."""
+    """As for a model with weights, trained or of chance, whose sequences are timed as well."""
     monkeypatch.setattr(language_models, "_TINY", CONFIG)
     monkeypatch.setitem(bench.DECODERS, "decoder_135m", CONFIG)
     flags = ["--num_sequences=3", "--prompt_tokens=5", "--num_tokens=2", "--repeats=1", "--layouts=layers"]
-    timed, planned = (
-        json.loads(here("bench_language", f"--model={model}", *flags).splitlines()[-1])
-        for model in ("tiny", "decoder_135m")
+    trained, by_chance, planned = (
+        json.loads(here("bench_language", *own, *flags).splitlines()[-1])
+        for own in (["--model=tiny"], ["--model=decoder_135m", "--random_weights"], ["--model=decoder_135m"])
     )
-    assert planned["weight_bytes"] == timed["weight_bytes"]
-    for layout, row in planned["layouts"].items():
-        assert row == {"bytes_beside_weights": timed["layouts"][layout]["bytes_beside_weights"]}
+    assert "peak_bytes" not in planned
+    for timed in (trained, by_chance):
+        assert planned["weight_bytes"] == timed["weight_bytes"] < timed["peak_bytes"]
+        for layout, row in planned["layouts"].items():
+            assert row == {"bytes_beside_weights": timed["layouts"][layout]["bytes_beside_weights"]}
+            assert timed["layouts"][layout]["sequences_a_second"] > 0
+
+
+def test_weights_of_chance_are_for_models_without(here):
+    with pytest.raises(ValueError, match=r"^random_weights: wanted one of .*decoder_8b, got tiny"):
+        here("bench_language", "--model=tiny", "--random_weights")
 
 
 def test_a_gradient_layer_by_layer_takes_less(here, monkeypatch):
