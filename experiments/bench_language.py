@@ -6,8 +6,9 @@ r"""Speed and memory of a language model's sweep on this device.
     python -m experiments.bench_language --model=decoder_2b --dtype=bfloat16 --layouts=gradient --random_weights
 
 Prints one JSON object: bytes of the weights and, for each of --layouts, sequences a second (losses of one draw and one
-sequence; median over turns, which take turns, compilation apart) and bytes that a draw takes beside the weights, as XLA
-plans it. Of the layout "gradient" they are of one gradient a sequence, which serves all draws of a tangent.
+sequence; median over turns, which take turns, compilation apart), how many parameters are drawn, and bytes that a draw
+takes beside the weights, as XLA plans it. Of the layout "gradient" they are of one gradient a sequence, which serves
+all draws of a tangent.
 
 The third is of a decoder's sizes alone: there are no weights, and nothing is timed. The last one makes some by chance;
 what was run tells as well how many bytes it took at most, all layouts, weights and the programs' own included.
@@ -19,7 +20,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,6 @@ from madjax import loss_matrix
 from madjax.losses import SequenceLoss, from_decoder
 from madjax.models.decoder import Decoder, DecoderConfig
 from madjax.sampling import GaussianDraws, Tangent, TangentDraws, backward, drawn_parameters, gaussian, layerwise
-from madjax.sampling.scale import MOVED
 from madjax.sampling.tangent import NUM_DRAWS
 from madjax.types import Batch
 
@@ -44,7 +44,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and c
 flags.DEFINE_string(
     "parameters",
     None,
-    "Regular expression of the parameters' paths to draw; where not given all, of a gradient kernels.",
+    "Regular expression of the parameters' paths to draw; where not given all, of a gradient a tangent's.",
 )
 flags.DEFINE_integer("num_sequences", 64, "Sequences.", lower_bound=1)
 flags.DEFINE_integer("prompt_tokens", 64, "Tokens of the longest prompt.", lower_bound=1)
@@ -78,8 +78,8 @@ def main() -> None:
     )  # fmt: skip
     mask = drawn_parameters(params, values.parameters)
     draws = gaussian(jax.random.key(0), params, 1e-3, num_draws=values.num_draws, mask=mask)
-    kernels = drawn_parameters(params, values.parameters or Tangent().parameters)
-    tangent = TangentDraws(draws.rng_key, params, jnp.float32(MOVED), tuple(jax.tree.leaves(kernels)), NUM_DRAWS)
+    perturbed = Tangent(parameters=values.parameters).perturb(draws.rng_key, loss_fn, params, {}, None, NUM_DRAWS)
+    tangent = cast(TangentDraws, perturbed.draws)
     draws_of = {"host": draws, "layers": draws, "gradient": tangent}
     passes = {"host": values.num_draws, "layers": values.num_draws, "gradient": 1}
 
@@ -98,16 +98,17 @@ def main() -> None:
                 "compile_seconds": max(0.0, first[layout] - seconds),
             }
     peak = {} if planned_alone else {"peak_bytes": bench.peak_memory()}
+    leaves = jax.tree.leaves(params)
     for layout, row in rows.items():
+        drawn = tangent.drawn if layout == "gradient" else jax.tree.leaves(mask)
+        row["num_drawn"] = sum(leaf.size for leaf, is_drawn in zip(leaves, drawn, strict=True) if is_drawn)
         batch_size = min(values.batch_size, values.num_sequences)
         row["bytes_beside_weights"] = _bytes(layout, loss_fn, draws_of[layout], examples, batch_size)
-    leaves = jax.tree.leaves(params)
     result = {
         "device": common.device(),
         "model": values.model,
         "dtype": values.dtype,
         "num_parameters": sum(leaf.size for leaf in leaves),
-        "num_drawn": sum(leaf.size for leaf, drawn in zip(leaves, jax.tree.leaves(mask), strict=True) if drawn),
         "tokens_a_sequence": float(examples["prompt_length"].mean()) + values.num_tokens,
         "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "layouts": rows,

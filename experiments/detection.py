@@ -64,7 +64,9 @@ def define_flags() -> None:
     common.register_check("retained", common.check_share)
     help_text = f"How far trusted log losses move at the chosen scale; 0 goes by --retained, of a tangent {MOVED}."
     flags.DEFINE_float("moved", 0.0, help_text, lower_bound=0, upper_bound=1)
-    help_text = "Regular expression of the parameters' paths to draw; where not given all, of a tangent kernels."
+    help_text = (
+        "Regular expression of the parameters' paths to draw; where not given all, of a tangent those that tell most."
+    )
     common.define_checked("parameters", None, _check_pattern, help_text)
     flags.DEFINE_float("step_size", 1e-6, "Chains: epsilon of a step.")
     flags.DEFINE_float("nbeta", 100.0, "Chains: examples times inverse temperature.", lower_bound=0)

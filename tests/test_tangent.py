@@ -11,6 +11,7 @@ from madjax.losses import OneTokenLoss
 from madjax.metrics import auroc
 from madjax.models.generate import completion_batch, prompt_batch
 from madjax.sampling import TangentDraws, backward, drawn_parameters
+from madjax.sampling.restrict import path_names
 from madjax.sampling.tangent import NUM_DRAWS, _fold, _signs
 from madjax.stopping import Sequential
 from madjax.sweep import forward_passes
@@ -82,6 +83,15 @@ def test_layer_by_layer_equals_the_whole(config, pattern, num_devices, few, larg
     expected = draws.losses(loss_fn, jnp.arange(draws.num_draws), few)
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
     assert forward_passes(loss_fn, draws) == 4
+
+
+def test_a_large_model_goes_layer_by_layer_though_little_is_drawn(monkeypatch):
+    loss_fn, params = make(LLAMA)
+    draws = around(params, drawn_parameters(params, "layers/2/attention/o/"), 31)
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 4 * sum(leaf.size for leaf in jax.tree.leaves(params)))
+    assert backward.layers(loss_fn, draws) is None
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", draws.gradient_bytes())
+    assert backward.layers(loss_fn, draws) is not None
 
 
 def test_tokens_layer_by_layer(few, monkeypatch):
@@ -190,6 +200,15 @@ def test_signs_and_buckets():
 def test_a_movement_that_cannot_be_is_told(moved):
     with pytest.raises(ValueError, match=f"moved: wanted a number above 0, and 1 at most, got {moved}"):
         Tangent(moved).perturb(jax.random.key(0), linear.loss_fn, linear.params(), linear.examples(), None, 3)
+
+
+def test_what_tells_most_is_drawn_where_nothing_is_said(digits_model):
+    for (loss_fn, params), expected in [
+        (make(LLAMA), {f"layers/{layer}/attention/o/kernel" for layer in range(LLAMA.num_layers)}),
+        (digits_model, {name for name in path_names(digits_model[1]) if name.endswith("kernel")}),
+    ]:
+        draws = Tangent().perturb(jax.random.key(0), loss_fn, params, {}, None, 3).draws
+        assert expected == {name for name, drawn in zip(path_names(params), draws.drawn, strict=True) if drawn}
 
 
 def test_parameters_without_kernels_are_told():

@@ -1,11 +1,11 @@
-"""A tangent's losses layer by layer, of a model whose gradient is too large to exist at a time.
+"""A tangent's losses layer by layer, of a model that is too large to be passed forward and back at a time.
 
-A program that passes a whole network forward and back holds a gradient as large as the model, and XLA compiles a deep
-network layer by layer. Here the loop over layers is on the host, as in `madjax.sampling.layerwise`, and one program
-serves all layers alike. Forward, what each layer is given is kept. Backward, a layer is run again to be differentiated,
-its gradients become sketches, and they are gone before the layer before it gets its turn; layers before the first that
-is drawn get none. The price is a fourth forward pass. Batches are those of `madjax.losses.SequenceLoss.cut`: short
-examples are not padded to the longest.
+A program of the whole network holds the gradients of all drawn tensors, and with them all weights once more where a
+device does not compute in their dtype; and XLA compiles a deep network layer by layer. Here the loop over layers is on
+the host, as in `madjax.sampling.layerwise`, and one program serves all layers alike. Forward, what each layer is given
+is kept. Backward, a layer is run again to be differentiated, its gradients become sketches, and they are gone before
+the layer before it gets its turn; layers before the first that is drawn get none. The price is a fourth forward pass.
+Batches are those of `madjax.losses.SequenceLoss.cut`: short examples are not padded to the longest.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Layer(NamedTuple):
 
 
 def layers(loss_fn: LossFn, draws: Draws) -> list[Layer] | None:
-    """The stages of a loss at draws of a tangent; None where the gradient fits, or loss or draws cannot be taken apart.
+    """The stages of a loss at draws of a tangent; None where the model, in float32, is no larger than gradients may be,
+    or loss or draws cannot be taken apart.
 
     A drawn tensor that is part of two stages, such as a tied embedding, cannot: neither knows the norm of the whole.
     """
     if not isinstance(draws, TangentDraws) or not hasattr(loss_fn, "stages"):
         return None
-    if draws.gradient_bytes() <= tangent.MOST_BYTES:
+    if sum(4 * leaf.size for leaf in jax.tree.leaves(draws.center)) <= tangent.MOST_BYTES:
         return None
     parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
     if parts is None:

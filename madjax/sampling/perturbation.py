@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from madjax.sampling.chains import ChainDraws
 from madjax.sampling.draws import Draws
 from madjax.sampling.gaussian import Noise, diagonal_curvature, gaussian
-from madjax.sampling.restrict import drawn_parameters
+from madjax.sampling.restrict import drawn_parameters, path_names
 from madjax.sampling.scale import (
     MOVED,
     RETAINED,
@@ -158,11 +159,11 @@ class Tangent:
 
     Attributes:
       moved: by how much each log loss moves.
-      parameters: regular expression of the paths to draw; the matrices of layers, which Flax calls kernels, by default.
+      parameters: regular expression of the paths to draw; None for `tangent_parameters`.
     """
 
     moved: float = MOVED
-    parameters: str = "kernel$"
+    parameters: str | None = None
 
     def perturb(
         self,
@@ -176,11 +177,24 @@ class Tangent:
         """`num_draws` of each tensor around `params`; nothing is chosen on `trusted`, and `sampling` is not used."""
         del trusted, sampling
         check_moved(self.moved)
-        drawn = tuple(jax.tree.leaves(_mask(loss_fn, params, self.parameters)))
+        pattern = tangent_parameters(params) if self.parameters is None else self.parameters
+        drawn = tuple(jax.tree.leaves(_mask(loss_fn, params, pattern)))
         return Perturbed(TangentDraws(rng_key, params, jnp.float32(self.moved), drawn, num_draws), 0, None)
 
 
 Perturbation = Gaussian | Tangent | Langevin
+
+# the matrices of layers; and of a decoder, those that put what a token was told by others into its state
+_KERNELS, _ATTENTION_OUTPUTS = "kernel$", "attention/o/kernel$"
+
+
+def tangent_parameters(params: Params) -> str:
+    """The pattern of the tensors whose gradients tell most: what attention puts out, where there is such, or kernels.
+
+    An answer is decided by what attention brings to its token, a trigger's news among them; the gradient there is of
+    what was brought and of what it did. `docs/choosing-the-scale.md` has the figures.
+    """
+    return _ATTENTION_OUTPUTS if any(re.search(_ATTENTION_OUTPUTS, name) for name in path_names(params)) else _KERNELS
 
 
 def _mask(loss_fn: LossFn, params: Params, pattern: str | None):
