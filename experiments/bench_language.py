@@ -155,7 +155,7 @@ def _bytes_layer_by_layer(
 ) -> int:
     """Random words, what all layers are given, and the most that one of them takes, forward or back."""
     words = dict(zip(np.flatnonzero(draws.drawn).tolist(), jax.eval_shape(draws.words), strict=True))
-    batch = loss_fn.cut(examples, min(batch_size, backward.most_at_a_time(layers, draws)))[0][-1]
+    batch = loss_fn.cut(examples, min(batch_size, backward.most_at_a_time(layers)))[0][-1]
     state, kept, most = jax.tree.map(lambda leaf: leaf[:, None], batch), 0, {}
     for run, params, drawn, numbers in layers:
         after = jax.eval_shape(partial(backward.run_forward, run), params, state)

@@ -143,7 +143,7 @@ def loss_matrix(
         stages, chunks.batches = layerwise.freeze(stages, chunks.batches)
     elif layers is not None:
         assert isinstance(draws, TangentDraws)
-        batch_size = min(batch_size, backward.most_at_a_time(layers, draws))
+        batch_size = min(batch_size, backward.most_at_a_time(layers))
         chunks = _Batches(loss_fn, own, batch_size * placement.parts("examples"), placement)
     else:
         chunks = _Chunks(own, count_here, batch_size, placement, batch_size if layout == "gradient" else _CHUNK)

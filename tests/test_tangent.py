@@ -12,7 +12,7 @@ from madjax.metrics import auroc
 from madjax.models.generate import completion_batch, prompt_batch
 from madjax.sampling import TangentDraws, backward, drawn_parameters
 from madjax.sampling.restrict import path_names
-from madjax.sampling.tangent import NUM_DRAWS, _fold, _signs
+from madjax.sampling.tangent import NUM_DRAWS, _fold, _signs, gradient_bytes
 from madjax.stopping import Sequential
 from madjax.sweep import forward_passes
 from madjax.types import SMALL_LOSS
@@ -78,20 +78,33 @@ def few():
 def test_layer_by_layer_equals_the_whole(config, pattern, num_devices, few, large):
     loss_fn, params = make(config)
     draws = around(params, drawn_parameters(params, pattern), 31)
-    assert backward.most_at_a_time(backward.layers(loss_fn, draws), draws) == 1
+    assert backward.most_at_a_time(backward.layers(loss_fn, draws)) == 1
     matrix = loss_matrix(loss_fn, draws, few, batch_size=3, devices=jax.devices()[:num_devices])
     expected = draws.losses(loss_fn, jnp.arange(draws.num_draws), few)
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)
     assert forward_passes(loss_fn, draws) == 4
 
 
-def test_a_large_model_goes_layer_by_layer_though_little_is_drawn(monkeypatch):
+def test_memory_goes_by_the_model_though_little_is_drawn(few, monkeypatch):
+    def limit(num_bytes):
+        monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", num_bytes)
+
+    def loops():
+        return "scan[" in str(jax.make_jaxpr(lambda draws: draws.sketches(loss_fn, few))(draws))
+
     loss_fn, params = make(LLAMA)
     draws = around(params, drawn_parameters(params, "layers/2/attention/o/"), 31)
-    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 4 * sum(leaf.size for leaf in jax.tree.leaves(params)))
+    limit(5 * gradient_bytes(params))
     assert backward.layers(loss_fn, draws) is None
-    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", draws.gradient_bytes())
-    assert backward.layers(loss_fn, draws) is not None
+    assert not loops()
+    limit(gradient_bytes(params))
+    assert backward.layers(loss_fn, draws) is None
+    assert loops()
+    limit(gradient_bytes(params) - 1)
+    layers = backward.layers(loss_fn, draws)
+    limit(3 * gradient_bytes(layers[3].params))  # behind the embedding
+    assert [any(layer.drawn) for layer in layers].index(True) == 3
+    assert backward.most_at_a_time(layers) == 3
 
 
 def test_tokens_layer_by_layer(few, monkeypatch):
@@ -99,8 +112,8 @@ def test_tokens_layer_by_layer(few, monkeypatch):
     draws = around(params, drawn_parameters(params, "layers/[234]/.*kernel$"), 31)
     one, tokens = OneTokenLoss(loss_fn), few | {"token": np.arange(5, dtype=np.int32) % few["completion_length"]}
     expected = loss_matrix(one, draws, tokens)
-    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 2 * 4 * 2304)
-    assert backward.most_at_a_time(backward.layers(one, draws), draws) == 2
+    monkeypatch.setattr("madjax.sampling.tangent.MOST_BYTES", 2 * 4 * (2304 + 2 * LLAMA.size))
+    assert backward.most_at_a_time(backward.layers(one, draws)) == 2
     before = backward.run_forward._cache_size(), backward.run_backward._cache_size()
     matrix = loss_matrix(one, draws, tokens, devices=jax.devices()[:1])
     np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-5)

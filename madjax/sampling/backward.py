@@ -20,7 +20,7 @@ import numpy as np
 
 from madjax.sampling import tangent
 from madjax.sampling.draws import Draws
-from madjax.sampling.tangent import SMALLEST, TangentDraws, sketch
+from madjax.sampling.tangent import SMALLEST, TangentDraws, gradient_bytes, sketch
 from madjax.types import Batch, LossFn, Params, Stage
 
 
@@ -46,7 +46,7 @@ def layers(loss_fn: LossFn, draws: Draws) -> list[Layer] | None:
     """
     if not isinstance(draws, TangentDraws) or not hasattr(loss_fn, "stages"):
         return None
-    if sum(4 * leaf.size for leaf in jax.tree.leaves(draws.center)) <= tangent.MOST_BYTES:
+    if gradient_bytes(draws.center) <= tangent.MOST_BYTES:
         return None
     parts: list[Stage] | None = loss_fn.stages(draws.center)  # pyright: ignore[reportFunctionMemberAccess]
     if parts is None:
@@ -61,9 +61,9 @@ def layers(loss_fn: LossFn, draws: Draws) -> list[Layer] | None:
     return result if len(set(numbers)) == len(numbers) else None
 
 
-def most_at_a_time(layers: Sequence[Layer], draws: TangentDraws) -> int:
-    """Of how many examples the largest layer's gradients may exist at a time on a device, one at least."""
-    return max(1, tangent.MOST_BYTES // max(draws.gradient_bytes(layer.numbers) for layer in layers))
+def most_at_a_time(layers: Sequence[Layer]) -> int:
+    """How many examples may be passed back at a time on a device, one at least: `tangent.MOST_BYTES` of a layer."""
+    return max(1, tangent.MOST_BYTES // max(gradient_bytes(layer.params) for layer in layers if any(layer.drawn)))
 
 
 def losses(layers: Sequence[Layer], draws: TangentDraws, items: jax.Array, batches: Iterable[Batch]) -> list[jax.Array]:

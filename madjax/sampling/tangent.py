@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -39,7 +38,8 @@ PASSES = 3
 # of a tensor; a prime: no row length divides it, so the columns of a matrix come into all buckets
 NUM_DRAWS = 127
 _WORD = 32  # bits
-# gradients that exist at a time
+# as many examples are passed back at a time as gradients of the whole model fit into these, whatever is drawn of it:
+# what is kept of an example's forward pass is larger for larger models as well
 MOST_BYTES = 2 << 30
 _LARGEST_MOVE = 80.0  # float32 ends at exp(88)
 SMALLEST = 1e-30  # below, a loss has no logarithm in float32 that could be differentiated
@@ -75,12 +75,6 @@ class TangentDraws(NumberedDraws):
     @property
     def num_draws(self) -> int:
         return self.num_parts * self.draws_of_each
-
-    def gradient_bytes(self, numbers: Iterable[int] | None = None) -> int:
-        """Of one example's gradient in float32: of the drawn leaves, or of those among `numbers`."""
-        leaves = jax.tree.leaves(self.center)
-        chosen = range(len(leaves)) if numbers is None else numbers
-        return sum(4 * leaves[number].size for number in chosen if self.drawn[number])
 
     def params(self, item: jax.Array) -> Params:
         raise ValueError("draws: those of a tangent differ between examples, and are never parameters; wanted gaussian")
@@ -129,11 +123,16 @@ class TangentDraws(NumberedDraws):
             return loss, jnp.stack(folded)
 
         count = num_examples(examples)
-        most = MOST_BYTES // self.gradient_bytes()
+        most = MOST_BYTES // gradient_bytes(self.center)
         at_a_time = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(1, most))
         if at_a_time == count:  # XLA's CPU backend is slow at convolutions in a loop
             return jax.vmap(of_one)(examples)
         return jax.lax.map(of_one, examples, batch_size=at_a_time)
+
+
+def gradient_bytes(params: Params) -> int:
+    """Of one example's gradient in float32."""
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(params))
 
 
 def sketch(gradient: jax.Array, words: jax.Array, size: int) -> jax.Array:
