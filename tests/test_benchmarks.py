@@ -141,7 +141,7 @@ def test_bench_growth(here, driver, monkeypatch):
 def test_bench_torch(here):
     small = ["--models=digits_cnn", "--batch_size=8", "--repeats=1"]
     passes = json.loads(here("bench_torch", *small).splitlines()[-1])["models"]["digits_cnn"]
-    assert passes.keys() == {"forward", "gradient"}
+    assert passes.keys() == {"forward", "gradient", "by_image"}
     assert all(one["torch_over_ours"] > 0 for one in passes.values())
 
 

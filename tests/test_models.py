@@ -12,7 +12,7 @@ from madjax import from_nnx
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict, to_arrays
-from madjax.models.layers import avg_pool, convolve, max_pool
+from madjax.models.layers import avg_pool, convolve, max_pool, relu
 
 if importlib.util.find_spec("torch") is not None:
     import torch
@@ -380,9 +380,45 @@ def test_images_that_nobody_derives_by_cost_a_sum_of_shifted_images_nothing():
     assert convolutions(lambda x: jnp.sum(convolve(x, kernel, (1, 1), "SAME", **NUMBERS)), x) == 1
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(1, 1), (0, 2)]])
+@pytest.mark.parametrize("window", [(3, 3), (5, 2), (1, 1)])
+def test_the_gradient_of_one_image_is_that_of_a_convolution(strides, padding, window):
+    keys = jax.random.split(jax.random.key(0))
+    images, kernel = jax.random.normal(keys[0], (3, 1, 9, 8, 10)), jax.random.normal(keys[1], (*window, 10, 5))
+
+    def gradients(conv):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(conv(x, kernel, strides, padding, **NUMBERS)))
+
+        return jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None)))(images, kernel)
+
+    found, wanted = gradients(convolve), gradients(jax.lax.conv_general_dilated)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, wanted)
+
+
+def test_the_gradient_of_one_image_by_a_large_kernel_is_no_convolution():
+    def convolutions(num_images):
+        x, kernel = jnp.zeros((num_images, 8, 8, 16)), jnp.zeros((3, 3, 16, 4))
+        gradient = jax.grad(lambda kernel: jnp.sum(convolve(x, kernel, (1, 1), "SAME", **NUMBERS)))
+        return str(jax.make_jaxpr(gradient)(kernel)).count("conv_general_dilated[")
+
+    assert [convolutions(num_images) for num_images in (1, 2)] == [1, 2]  # its value is one, too
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_is_that_of_nnx(dtype):
+    x = jnp.array([-jnp.inf, -1.5, -0.0, 0.0, 2.5, jnp.inf, jnp.nan], dtype)
+    for function in (relu, jax.jit(relu)):
+        np.testing.assert_array_equal(function(x).astype(jnp.float32), nnx.relu(x).astype(jnp.float32))
+        assert function(x).dtype == dtype
+    gradients = [jax.grad(lambda x, f=f: jnp.sum(f(x).astype(jnp.float32)))(x[:-1]) for f in (relu, nnx.relu)]
+    np.testing.assert_array_equal(*gradients)
+
+
 def test_only_on_a_cpu_and_of_few_products_images_are_shifted(monkeypatch):
     def primitives(channels, strides, **settings):
-        x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, 4))
+        x, kernel = jnp.zeros((2, 8, 8, channels)), jnp.zeros((3, 3, channels, 4))
         jaxpr = jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, strides, "SAME", **NUMBERS, **settings))(x, kernel)
         return {equation.primitive.name for equation in jaxpr.eqns}
 

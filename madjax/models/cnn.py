@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import avg_pool, batch_norm, convolve, max_pool
+from madjax.models.layers import avg_pool, batch_norm, convolve, max_pool, relu
 
 
 class DigitsCNN(Classifier):
@@ -39,10 +39,10 @@ class DigitsCNN(Classifier):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """`[n, height, width, channels]` -> float32 logits `[n, num_classes]`."""
-        x = nnx.relu(self.norm1(self.conv1(image)))
-        x = nnx.relu(self.norm2(self.conv2(x)))
+        x = relu(self.norm1(self.conv1(image)))
+        x = relu(self.norm2(self.conv2(x)))
         x = max_pool(x)
-        return self.output(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))).astype(jnp.float32))
+        return self.output(relu(self.hidden(x.reshape(x.shape[0], -1))).astype(jnp.float32))
 
 
 def _sequential_name(module: str) -> str:
@@ -82,8 +82,8 @@ class BadNetsCNN(Classifier):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """`[n, height, width, channels]` -> float32 logits `[n, num_classes]`."""
-        x = avg_pool(nnx.relu(self.conv1(image)))
-        x = avg_pool(nnx.relu(self.conv2(x)))
+        x = avg_pool(relu(self.conv1(image)))
+        x = avg_pool(relu(self.conv2(x)))
         # channels first, as the published weights of fc1 expect
         x = jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
-        return self.fc2(nnx.relu(self.fc1(x)).astype(jnp.float32))
+        return self.fc2(relu(self.fc1(x)).astype(jnp.float32))

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import batch_norm, conv, global_mean, stage
+from madjax.models.layers import batch_norm, conv, global_mean, relu, stage
 
 
 class BasicBlock(nnx.Module):
@@ -24,9 +24,9 @@ class BasicBlock(nnx.Module):
         self.stride, self.new = stride, (out_features - in_features) // 2
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self.bn2(self.conv2(nnx.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
         x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (self.new, self.new)))
-        return nnx.relu(out + x)
+        return relu(out + x)
 
 
 class ResNet(Classifier):
@@ -61,7 +61,7 @@ class ResNet(Classifier):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """`[n, height, width, channels]` of any size -> float32 logits `[n, num_classes]`."""
-        x = nnx.relu(self.bn1(self.conv1(image)))
+        x = relu(self.bn1(self.conv1(image)))
         for block in (*self.layer1, *self.layer2, *self.layer3):
             x = block(x)
         return self.linear(global_mean(x))
@@ -84,8 +84,8 @@ class PreActBlock(nnx.Module):
         self.shortcut = None if same else conv(in_features, out_features, 1, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        activated = nnx.relu(self.bn1(x))
-        out = self.conv2(nnx.relu(self.bn2(self.conv1(activated))))
+        activated = relu(self.bn1(x))
+        out = self.conv2(relu(self.bn2(self.conv1(activated))))
         return out + (x if self.shortcut is None else self.shortcut(activated))
 
 

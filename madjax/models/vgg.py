@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import batch_norm, conv, global_mean, max_pool
+from madjax.models.layers import batch_norm, conv, global_mean, max_pool, relu
 
 
 def _torchvision_name(module: str) -> str:
@@ -56,7 +56,7 @@ class VGG19BN(Classifier):
                 layers += [
                     conv(in_features, features, 3, use_bias=True, dtype=dtype, rngs=rngs),
                     batch_norm(features, dtype=dtype, rngs=rngs),
-                    nnx.relu,
+                    relu,
                 ]
                 in_features = features
             layers.append(max_pool)
@@ -72,7 +72,7 @@ class VGG19BN(Classifier):
             return self.head(global_mean(x))
         # channels first, as the published weights of the first linear layer expect
         x = jnp.transpose(_adaptive_mean(x, 7), (0, 3, 1, 2)).reshape(x.shape[0], -1)
-        return self.head(nnx.relu(self.fc2(nnx.relu(self.fc1(x)))).astype(jnp.float32))
+        return self.head(relu(self.fc2(relu(self.fc1(x)))).astype(jnp.float32))
 
 
 def _adaptive_mean(x: jax.Array, size: int) -> jax.Array:

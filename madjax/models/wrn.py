@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import batch_norm, conv, global_mean, stage
+from madjax.models.layers import batch_norm, conv, global_mean, relu, stage
 from madjax.models.resnet import PreActBlock
 
 
@@ -56,4 +56,4 @@ class WideResNet(Classifier):
         x = self.conv1(image)
         for block in (*self.block1, *self.block2, *self.block3):
             x = block(x)
-        return self.fc(global_mean(nnx.relu(self.bn1(x))))
+        return self.fc(global_mean(relu(self.bn1(x))))
