@@ -22,10 +22,11 @@ one number. Moments are population moments over draws, computed in float64. What
 - `peer_information`: as `peer_*`, of what all trusted traces together tell (`madjax.information`), as a difference in
   nats, which fade as the peers' heights lie farther away. Where draws move one part of the model at a time, what they
   tell of each part is added up.
-- `peer_sum`: where at least `CLASS_PEERS` trusted examples are of an output's class, `peer_information` among those
-  alone; elsewhere, and for the class -1, which is none, `peer_information` and `peer_ccc` of all, added up: an output
-  of a kind that is well explained may be too sure, and one as sure as others may move where they do not. All in
-  standard deviations of the trusted ones.
+- `peer_sum`: `peer_information` and `peer_ccc` of all, added up: an output of a kind that is well explained may be too
+  sure, and one as sure as others may move where they do not. But where at least `CLASS_PEERS` trusted examples are of
+  an output's class (-1 is none), it is what these tell, less what they tell of each other on average, of the middle
+  third of the parts: they are peers enough, and the first parts of a model know how an input reads, the last ones what
+  all such answers take (`docs/choosing-the-scale.md`). Either in standard deviations of the trusted ones.
 - `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
   classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
@@ -204,17 +205,9 @@ def _peer_sum(
 ) -> np.ndarray:
     """Of the test examples, or of each trusted one with the others, which counts among those it is standardized by."""
 
-    def both(name: str, chosen: np.ndarray, told: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Couplings of those told with the trusted examples chosen, and of these with each other."""
-        left_out = leave_one_out(name, trusted[:, chosen], num_parts=num_parts)
-        if test is None:
-            return left_out[told[chosen]], left_out
-        return couplings(name, trusted[:, chosen], test[:, told], num_parts=num_parts), left_out
-
-    everyone = np.ones(trusted.shape[1], bool)
     result = np.empty(trusted.shape[1] if test is None else test.shape[1])
     if trusted_classes is None:
-        shared, trusted_classes, classes = [], -np.ones(len(everyone)), -np.ones(len(result))
+        shared, trusted_classes, classes = [], -np.ones(trusted.shape[1]), -np.ones(len(result))
     else:
         trusted_classes = _one_each("trusted", trusted, trusted_classes)
         classes = _one_each("test", trusted if test is None else test, classes)
@@ -222,15 +215,38 @@ def _peer_sum(
         shared = labels[(counts >= CLASS_PEERS) & (labels >= 0)].tolist()
     rest = ~np.isin(classes, shared)
     if rest.any():
-        pairs = [both(name, everyone, rest) for name in _SUMMED]
+        pairs = []
+        for name in _SUMMED:
+            left_out = leave_one_out(name, trusted, num_parts=num_parts)
+            told = left_out[rest] if test is None else couplings(name, trusted, test[:, rest], num_parts=num_parts)
+            pairs.append((told, left_out))
         total = np.sum([in_deviations(*pair) for pair in pairs], axis=0)
         of_trusted = np.sum([in_deviations(left_out, left_out) for _, left_out in pairs], axis=0)
         result[rest] = in_deviations(total, of_trusted)
-    told = [classes == label for label in shared]
-    by_class = [both("peer_information", trusted_classes == label, classes == label) for label in shared]
-    for chosen, (values, _) in zip(told, by_class, strict=True):
-        result[chosen] = in_deviations(values, np.concatenate([left_out for _, left_out in by_class]))
+    members = [(trusted_classes == label, classes == label) for label in shared]
+    by_class = [
+        _class_information(trusted[:, known], None if test is None else test[:, told], num_parts)
+        for known, told in members
+    ]
+    for (_, told), (values, _) in zip(members, by_class, strict=True):
+        result[told] = in_deviations(values, np.concatenate([left_out for _, left_out in by_class]))
     return result
+
+
+def _class_information(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """What trusted ones of a class tell of the test examples, or of each other; and of each other: less their mean."""
+
+    def middle(traces: LossMatrix) -> list[np.ndarray]:  # all parts, where there are but one or two
+        parts = np.split(traces, num_parts)[num_parts // 3 : num_parts - num_parts // 3]
+        return [_scaled("correlation", _moments(part)) for part in parts]
+
+    known = middle(trusted)
+    left_out = np.sum([information.left_out(part) for part in known], axis=0)
+    if test is None:
+        values = left_out
+    else:
+        values = np.sum([information.information(*pair) for pair in zip(known, middle(test), strict=True)], axis=0)
+    return values - left_out.mean(), left_out - left_out.mean()
 
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:

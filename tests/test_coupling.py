@@ -218,29 +218,43 @@ def test_the_sum_is_of_both_in_trusted_deviations(losses):
     np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, num_parts=4), scaled(left_out, left_out))
 
 
-def test_the_sum_holds_an_output_against_its_class():
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5])
+def test_the_sum_holds_an_output_against_its_class(num_parts):
     """Of two classes, each of which moves in its own directions; a third is too small, and -1 is none."""
     rng = np.random.default_rng(9)
     trusted, test = rng.normal(size=(60, 66)), rng.normal(size=(60, 40))
     trusted_classes, classes = np.repeat([4, 7, 9, -1], [22, 20, 3, 21]), np.repeat([4, 7, 9, -1], 10)
 
-    def alone(name, members, told):
-        left_out = coupling.leave_one_out(name, trusted[:, members])
-        return coupling.couplings(name, trusted[:, members], test[:, told]), left_out
+    def alone(name):
+        left_out = coupling.leave_one_out(name, trusted, num_parts=num_parts)
+        return coupling.couplings(name, trusted, test, num_parts=num_parts), left_out
 
-    all_of = np.ones(66, bool)
-    whole = [alone(name, all_of, classes >= -1) for name in ("peer_information", "peer_ccc")]
+    whole = [alone(name) for name in ("peer_information", "peer_ccc")]
     total, of_trusted = (sum(scaled(pair[i], pair[1]) for pair in whole) for i in range(2))
     expected, left_out = scaled(total, of_trusted), scaled(of_trusted, of_trusted)
-    by_class = {label: alone("peer_information", trusted_classes == label, classes == label) for label in (4, 7)}
-    of_classes = np.concatenate([values for _, values in by_class.values()])
+
+    def told(label):
+        known, asked = unit(trusted[:, trusted_classes == label]), unit(test[:, classes == label])
+        values, own = np.zeros(10), np.zeros(known.shape[-1])
+        for part in {1: [0], 2: [0, 1], 3: [1], 5: [1, 2, 3]}[num_parts]:
+            values += information.information(known[part], asked[part])
+            own += information.left_out(known[part])
+        return values - own.mean(), own - own.mean()
+
+    def unit(traces):
+        centered = traces.reshape(num_parts, -1, traces.shape[1])
+        centered = centered - centered.mean(1, keepdims=True)
+        return centered / np.linalg.norm(centered, axis=1, keepdims=True)
+
+    by_class = {label: told(label) for label in (4, 7)}
+    of_classes = np.concatenate([own for _, own in by_class.values()])
     for label, (values, own) in by_class.items():
         expected[classes == label] = scaled(values, of_classes)
         left_out[trusted_classes == label] = scaled(own, of_classes)
-    np.testing.assert_allclose(
-        coupling.couplings("peer_sum", trusted, test, trusted_classes, classes=classes), expected, rtol=1e-8
-    )
-    np.testing.assert_allclose(coupling.leave_one_out("peer_sum", trusted, trusted_classes), left_out, rtol=1e-8)
+    found = coupling.couplings("peer_sum", trusted, test, trusted_classes, classes=classes, num_parts=num_parts)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    found = coupling.leave_one_out("peer_sum", trusted, trusted_classes, num_parts=num_parts)
+    np.testing.assert_allclose(found, left_out, rtol=1e-8)
     with pytest.raises(ValueError, match="classes: wanted one class for each of 40 test examples, got None"):
         coupling.couplings("peer_sum", trusted, test, trusted_classes)
 
