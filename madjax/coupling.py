@@ -24,9 +24,9 @@ one number. Moments are population moments over draws, computed in float64. What
   tell of each part is added up.
 - `peer_sum`: `peer_information` and `peer_ccc` of all, added up: an output of a kind that is well explained may be too
   sure, and one as sure as others may move where they do not. But where at least `CLASS_PEERS` trusted examples are of
-  an output's class (-1 is none), it is what these tell, less what they tell of each other on average, of the middle
-  third of the parts: they are peers enough, and the first parts of a model know how an input reads, the last ones what
-  all such answers take (`docs/choosing-the-scale.md`). Either in standard deviations of the trusted ones.
+  an output's class (-1 is none), `peer_information` among these of the middle third of the parts: the first parts of a
+  model know how an input reads, the last ones what all such answers take (`docs/choosing-the-scale.md`). Either in
+  standard deviations of the trusted ones.
 - `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
   classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
@@ -234,19 +234,13 @@ def _peer_sum(
 
 
 def _class_information(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """What trusted ones of a class tell of the test examples, or of each other; and of each other: less their mean."""
-
-    def middle(traces: LossMatrix) -> list[np.ndarray]:  # all parts, where there are but one or two
-        parts = np.split(traces, num_parts)[num_parts // 3 : num_parts - num_parts // 3]
-        return [_scaled("correlation", _moments(part)) for part in parts]
-
-    known = middle(trusted)
-    left_out = np.sum([information.left_out(part) for part in known], axis=0)
+    """`peer_information` of the middle third of the parts: of the test examples, or each trusted one, and of these."""
+    skipped = len(trusted) // num_parts * (num_parts // 3)  # none, where there are but one or two
+    middle, count = slice(skipped, len(trusted) - skipped), num_parts - 2 * (num_parts // 3)
+    left_out = leave_one_out("peer_information", trusted[middle], num_parts=count)
     if test is None:
-        values = left_out
-    else:
-        values = np.sum([information.information(*pair) for pair in zip(known, middle(test), strict=True)], axis=0)
-    return values - left_out.mean(), left_out - left_out.mean()
+        return left_out, left_out
+    return couplings("peer_information", trusted[middle], test[middle], num_parts=count), left_out
 
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:
