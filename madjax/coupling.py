@@ -24,9 +24,9 @@ one number. Moments are population moments over draws, computed in float64. What
   tell of each part is added up.
 - `peer_sum`: `peer_information` and `peer_ccc` of all, added up: an output of a kind that is well explained may be too
   sure, and one as sure as others may move where they do not. But where at least `CLASS_PEERS` trusted examples are of
-  an output's class (-1 is none), `peer_information` among these of the middle third of the parts: the first parts of a
-  model know how an input reads, the last ones what all such answers take (`docs/choosing-the-scale.md`). Either in
-  standard deviations of the trusted ones.
+  an output's class (-1 is none), these are the peers: it is what all trusted ones tell of the middle third of the
+  parts, less what they tell of that class on average. The first parts of a model know how an input reads, the last ones
+  what all such answers take (`docs/choosing-the-scale.md`). Either in standard deviations of the trusted ones.
 - `class_profile`: what the trusted examples of the predicted class tell, part by part; see `madjax.profile`. Without
   classes, all are of one.
 - `standardized_*`: `topk_class_*` in units of the predicted class, see `madjax.standardize`; a `Scorer` makes it.
@@ -223,24 +223,32 @@ def _peer_sum(
         total = np.sum([in_deviations(*pair) for pair in pairs], axis=0)
         of_trusted = np.sum([in_deviations(left_out, left_out) for _, left_out in pairs], axis=0)
         result[rest] = in_deviations(total, of_trusted)
-    members = [(trusted_classes == label, classes == label) for label in shared]
-    by_class = [
-        _class_information(trusted[:, known], None if test is None else test[:, told], num_parts)
-        for known, told in members
-    ]
-    for (_, told), (values, _) in zip(members, by_class, strict=True):
-        result[told] = in_deviations(values, np.concatenate([left_out for _, left_out in by_class]))
+    if shared:
+        values, left_out = _told_in_the_middle(trusted, test, num_parts)
+        members = [trusted_classes == label for label in shared]
+        spread = np.concatenate([left_out[known] - left_out[known].mean() for known in members])
+        for label, known in zip(shared, members, strict=True):
+            told = classes == label
+            result[told] = in_deviations(values[told] - left_out[known].mean(), spread)
     return result
 
 
-def _class_information(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """`peer_information` of the middle third of the parts: of the test examples, or each trusted one, and of these."""
-    skipped = len(trusted) // num_parts * (num_parts // 3)  # none, where there are but one or two
-    middle, count = slice(skipped, len(trusted) - skipped), num_parts - 2 * (num_parts // 3)
-    left_out = leave_one_out("peer_information", trusted[middle], num_parts=count)
+def _told_in_the_middle(trusted: LossMatrix, test: LossMatrix | None, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the trusted examples tell of the test ones, or of each other, and of each other, in nats.
+
+    Of the middle third of the parts, or of all where there are but one or two.
+    """
+
+    def middle(traces: LossMatrix) -> list[np.ndarray]:
+        parts = np.split(traces, num_parts)[num_parts // 3 : num_parts - num_parts // 3]
+        return [_scaled("correlation", _moments(part)) for part in parts]
+
+    known = middle(trusted)
+    left_out = np.sum([information.left_out(part) for part in known], axis=0)
     if test is None:
         return left_out, left_out
-    return couplings("peer_information", trusted[middle], test[middle], num_parts=count), left_out
+    pairs = zip(known, middle(test), strict=True)
+    return np.sum([information.information(*pair) for pair in pairs], axis=0), left_out
 
 
 def _members(trusted: LossMatrix, classes: np.ndarray | None) -> np.ndarray:
