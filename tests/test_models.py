@@ -12,7 +12,8 @@ from madjax import from_nnx
 from madjax.interop.torch_checkpoint import load_torch_checkpoint
 from madjax.interop.weights import load_weights
 from madjax.models import MODELS, VGG19BN, build_model, from_torch, load_state_dict, to_arrays
-from madjax.models.layers import avg_pool, convolve, max_pool, relu
+from madjax.models.convolution import convolve
+from madjax.models.layers import avg_pool, max_pool, relu
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from madjax.models.classifier import Classifier
-from madjax.models.layers import avg_pool, batch_norm, convolve, max_pool, relu
+from madjax.models.convolution import convolve
+from madjax.models.layers import avg_pool, batch_norm, max_pool, relu
 
 
 class DigitsCNN(Classifier):
