@@ -31,7 +31,7 @@ def start(*command):
 
 def finish(processes, expect):
     for process in processes:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == expect, errors[-2000:]
         yield errors
 
